@@ -1,0 +1,46 @@
+"""How fast a training step is, beside `transformers` Cohere2 in PyTorch. Nothing is written.
+
+  tiny-aya bench --config=experiments/bench.py
+  tiny-aya bench --config=experiments/bench.py --config.model.window=4096 --config.turns=5
+  tiny-aya bench --config=experiments/bench.py:small --config.dtype=bfloat16
+
+Expected: versions, shapes, equal losses on every side, then after each turn the medians in tokens/s
+and the ratio of ours to PyTorch eager and to torch.compile.
+"""
+
+import ml_collections
+
+from tiny_aya_jax import run
+
+VARIANTS = ("train_step", "small")
+
+
+def get_config(variant="train_step"):
+  run.choose("variant", variant, VARIANTS)
+  c = ml_collections.ConfigDict()
+  c.bench = "train_step"
+  c.against = ("eager", "compile")  # () for ours alone; needs torch and transformers otherwise
+  c.threads = 2
+  c.turns = 3  # every side once a turn
+  c.steps = 5  # timed steps a turn and side, after one that is not timed
+  c.tolerance = 1e-4  # nats between the losses of the sides, fp32
+  c.seed = 0
+  c.model = dict(
+      D=256, N=4, K=1, H=64, F=1376, V=8192, L=2,
+      # ours: half a row, so that the sliding layers really mask; Tiny Aya's 4096 would not at T 512
+      window=256,
+      rope_theta=50000.0, logit_scale=1.0, norm_epsilon=1e-5,  # tiny_aya.md 1.1
+  )
+  c.batch = 8
+  c.T = 512
+  c.dtype = "float32"
+  c.attention = "chunked"
+  c.remat = "none"
+  c.loss_chunk = 512
+  c.unroll = 1
+  c.optimizer = dict(
+      learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0
+  )
+  if variant == "small":
+    c.model.F, c.model.V, c.batch = 704, 32768, 32  # the 2-core training run's shape
+  return c

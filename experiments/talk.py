@@ -1,0 +1,23 @@
+"""Chat with a checkpoint in the terminal; with --config.prompt="..." it answers once and exits.
+
+  python -m tiny_aya_jax talk --config=experiments/talk.py --workdir=runs \\
+      --config.checkpoint=runs/sft --config.tokenizer=runs/vocab/tokenizer.model
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from tiny_aya_jax import run
+
+
+def get_config(variant="full"):
+  run.choose("variant", variant, ("full", "tiny"))
+  c = ConfigDict()
+  c.checkpoint = config_dict.placeholder(str)
+  c.tokenizer = config_dict.placeholder(str)
+  c.prompt = config_dict.placeholder(str)
+  c.tokens = 64 if variant == "tiny" else 512  # of an answer, at most
+  c.temperature = 0.0 if variant == "tiny" else 0.3  # the model card's example (tiny_aya.md 2.3)
+  c.top_p = 0.95
+  c.seed = 0
+  c.dtype = "float32"
+  return c

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Every stage in order, from text to a Hugging Face folder that talks.
+#
+#   bash launch/pipeline.sh tiny                       the embedded corpus; minutes on two cores
+#   bash launch/pipeline.sh small TEXT [VALIDATION]    real text; about an hour on two cores
+#
+# TEXT holds <code>.txt.gz or <code>/... of each language; VALIDATION defaults to TEXT/../validation.
+# Results go to $OUT (default runs/tiny, runs/small). Running it again continues where it stopped.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+size=${1:-}
+case "$size" in
+  tiny) ;;
+  small)
+    text=$(realpath "${2:?pipeline.sh small needs TEXT, a folder of text by language}")
+    validation=$(realpath "${3:-$text/../validation}")
+    for folder in "$text" "$validation"; do
+      [ -d "$folder" ] || { echo "refused: $folder is not a folder" >&2; exit 65; }
+    done ;;
+  *) echo "usage: bash launch/pipeline.sh tiny | small TEXT [VALIDATION]" >&2; exit 65 ;;
+esac
+cd "$here"
+out=${OUT:-runs/$size}
+mkdir -p "$out"
+# shellcheck source=launch/environment.sh
+. launch/environment.sh "export,track"
+
+stage() {  # stage VERB EXPERIMENT WORKDIR FIELDS...: prints what it runs, and runs it
+  local verb=$1 experiment=$2 workdir=$3 fields=("${@:4}")
+  printf '\n== %s\n' "$verb $experiment -> $workdir"
+  python -m tiny_aya_jax "$verb" --config="experiments/$experiment" --workdir="$workdir" \
+    "${fields[@]/#/--config.}"
+}
+
+tokenizer=$out/tokenizer.model
+rows=(data.rows="$out/rows/train" data.validation="$out/rows/validation" tokenizer="$tokenizer")
+
+if [ "$size" = tiny ]; then
+  stage vocab vocab.py:tiny "$out"
+  stage pack pack.py:tiny "$out/rows" tokenizer="$tokenizer"
+  stage pack pack.py:tiny_validation "$out/rows" tokenizer="$tokenizer"
+  stage pack pack.py:tiny_sft "$out/rows" tokenizer="$tokenizer"
+  stage train pretrain.py:tiny "$out/pretrain" "${rows[@]}"
+  stage train cooldown.py:tiny "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
+  stage train sft.py:tiny "$out/sft" init_from="$out/cooldown" "${rows[@]/rows\/train/rows/sft}"
+  stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
+    tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')"
+  model=$out/sft prompt="Deutsch: Montag, Dienstag"
+else
+  stage vocab vocab.py:small "$out" text="$text"
+  stage pack pack.py:small "$out/rows" text="$text" tokenizer="$tokenizer"
+  stage pack pack.py:small "$out/rows" text="$validation" stage=validation tokenizer="$tokenizer"
+  stage train pretrain.py:small "$out/pretrain" "${rows[@]}"
+  stage evaluate evaluate.py "$out/report" rows="$out/rows/validation" tokenizer="$tokenizer" \
+    checkpoints="('$out/pretrain',)" baselines.train_text="$text" \
+    baselines.validation_text="$validation"
+  model=$out/pretrain prompt="The"
+fi
+stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer"
+stage talk talk.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" prompt="$prompt"
+
+printf '\nreport        %s\ncheckpoint    %s\nHugging Face  %s\n' \
+  "$out/report/report.html" "$model/checkpoints" "$out/huggingface"

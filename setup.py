@@ -1,0 +1,39 @@
+"""pip install -e .  (extras: tpu, cuda, data, export, eval, track, sweep, report, gcp, test, parity)"""
+
+from setuptools import find_packages, setup
+
+EXTRAS = dict(
+    tpu=["jax[tpu]"],
+    cuda=["jax[cuda13]"],
+    data=["pyarrow", "zstandard"],
+    export=["safetensors", "tokenizers"],
+    track=["tensorboardX"],
+    gcp=["gcsfs"],
+    test=["pytest", "hypothesis", "jinja2"],
+    # Installed first and by exactly this version: any range pulls gigabytes of CUDA.
+    parity=["torch==2.13.0", "transformers==5.17.0"],
+)
+
+setup(
+    name="tiny_aya_jax",
+    version="0.1.0",
+    description="Tiny Aya in JAX: pretraining to export of a multilingual model in 70 languages",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tiny_aya_jax", "tiny_aya_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",  # the newest on Python 3.11 is 0.10.2
+        "flax>=0.12.8",
+        "optax",
+        "orbax-checkpoint==0.12.8",  # its v1 interface is experimental; only checkpoint.py uses it
+        "grain",
+        "sentencepiece",
+        "ml-collections",
+        "absl-py",
+        "etils",
+        "numpy",
+        "rich",
+        "Babel",
+    ],
+    extras_require=EXTRAS,
+    entry_points=dict(console_scripts=["tiny-aya=tiny_aya_jax.__main__:main"]),
+)

@@ -1,0 +1,94 @@
+"""Eight simulated devices, and one tiny model in which every letter has a size of its own.
+
+jax is imported inside the fixtures only: tests of files that need no jax stay fast.
+"""
+
+import os
+import tempfile
+
+# Tests compile much and run little: level 0 halves the seconds.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests and the processes they start compile each program once.
+_cache = tempfile.TemporaryDirectory(prefix="jax_cache_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import ml_collections
+import numpy as np
+import pytest
+
+# One size a letter, so that two swapped letters are an error (with G = 3, B = 8, T = 20); every
+# letter divides over the meshes of test_transformer.py. T is four windows.
+SIZES = dict(D=32, N=12, K=4, H=10, F=28, V=38, L=2)
+B, T = 8, 20
+DOCUMENTS = ((7, 13), (20,), (1, 2, 9), (11, 6, 3), (19,), (5, 5, 5, 5), (12, 8), (16, 3))
+
+
+@pytest.fixture(scope="session")
+def cfg():
+  """A model config; small and odd."""
+  return ml_collections.ConfigDict(
+      dict(**SIZES, window=5, rope_theta=50000.0, logit_scale=0.7, norm_epsilon=1e-5)
+  )
+
+
+@pytest.fixture(scope="session")
+def params(cfg):
+  """Random parameters, norms included: nothing is 0 or 1 by accident."""
+  return random_params(cfg, seed=0)
+
+
+@pytest.fixture(scope="session")
+def batch(cfg):
+  """Packed rows as the loader gives them: documents, padding (segment 0), prompts of weight 0."""
+  return random_batch(cfg.V, DOCUMENTS, T, seed=0)
+
+
+def random_params(cfg, seed):
+  """The model's tree, matrices normal with deviation 0.2, norms uniform in [0.5, 1.5], fp32."""
+  import jax
+
+  from tiny_aya_jax.model.transformer import TinyAya
+
+  random = np.random.default_rng(seed)
+  token_BT = np.zeros((1, 1), np.int32)
+  tree = jax.eval_shape(TinyAya(cfg).init, jax.random.key(0), token_BT, token_BT, token_BT)
+
+  def draw(path, leaf):
+    if path[-1].key == "norm_D":
+      return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+    return random.normal(0, 0.2, leaf.shape).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, tree["params"])
+
+
+def random_batch(V, documents, T, seed):
+  """Rows of T tokens packed with documents of the given lengths, the rest padding."""
+  random = np.random.default_rng(seed)
+  shape = (len(documents), T)
+  token_BT = random.integers(0, V, shape, dtype=np.int32)
+  segment_BT, position_BT = packed(documents, T)
+  return dict(
+      token_BT=token_BT,
+      target_BT=random.integers(0, V, shape, dtype=np.int32),
+      segment_BT=segment_BT,
+      position_BT=position_BT,
+      weight_BT=((segment_BT > 0) & (random.random(shape) < 0.8)).astype(np.float32),
+  )
+
+
+def packed(documents, T):
+  """Document lengths per row -> (segment_BT, position_BT), int32; what is left over is segment 0."""
+  segment_BT = np.zeros((len(documents), T), np.int32)
+  position_BT = np.zeros((len(documents), T), np.int32)
+  for row, lengths in enumerate(documents):
+    start = 0
+    for number, length in enumerate([*lengths, T - sum(lengths)], 1):
+      stop = start + length
+      segment_BT[row, start:stop] = number if number <= len(lengths) else 0
+      position_BT[row, start:stop] = np.arange(length)
+      start = stop
+  return segment_BT, position_BT

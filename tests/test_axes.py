@@ -1,0 +1,129 @@
+"""axes: meshes, and shardings read off names, at full size on eight simulated devices."""
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from tiny_aya_jax import axes, run
+from tiny_aya_jax.model.transformer import BLOCKS, TinyAya
+
+# tiny-aya-global's config.json (tiny_aya.md 1.1), spelled out: a changed experiment must not
+# change what this file holds.
+FULL = ml_collections.ConfigDict(dict(
+    D=2048, N=16, K=4, H=128, F=11008, V=262144, L=9, window=4096, rope_theta=50000.0,
+    logit_scale=1.0, norm_epsilon=1e-5,
+))
+BLOCK_SPECS = dict(
+    norm_D=(None, "fsdp"),
+    q_DNH=(None, "fsdp", "tensor", None),
+    k_DKH=(None, "fsdp", "tensor", None),
+    v_DKH=(None, "fsdp", "tensor", None),
+    o_NHD=(None, "tensor", None, "fsdp"),
+    gate_DF=(None, "fsdp", "tensor"),
+    up_DF=(None, "fsdp", "tensor"),
+    down_FD=(None, "tensor", "fsdp"),
+)
+SPECS = dict(
+    embedding_VD=("tensor", "fsdp"), norm_D=("fsdp",), periods={name: BLOCK_SPECS for name in BLOCKS}
+)
+
+
+@pytest.fixture(scope="module")
+def full():
+  """The full-size parameter tree as shapes."""
+  token_BT = np.zeros((1, 1), np.int32)
+  init = TinyAya(FULL).init
+  return jax.eval_shape(init, jax.random.key(0), token_BT, token_BT, token_BT)["params"]
+
+
+def specs(mesh, tree):
+  return jax.tree.map(lambda sharding: sharding.spec, axes.shardings(mesh, tree))
+
+
+def expected():
+  return jax.tree.map(lambda spec: PartitionSpec(*spec), SPECS, is_leaf=is_tuple)
+
+
+def is_tuple(node):
+  return isinstance(node, tuple)
+
+
+def test_the_parameter_count_is_3_349_227_520(full):
+  assert sum(leaf.size for leaf in jax.tree.leaves(full)) == 3_349_227_520
+  assert {leaf.dtype for leaf in jax.tree.leaves(full)} == {np.dtype("float32")}
+
+
+def test_every_leaf_has_the_rank_of_its_name_and_nine_periods_in_front_inside_the_stack(full):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(full):
+    sizes = tuple(FULL[letter] for letter in axes.letters_of(path))
+    stacked = (FULL.L,) if path[0].key == "periods" else ()
+    assert leaf.shape == stacked + sizes, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)])
+def test_every_leaf_of_the_full_model_is_sharded_as_its_letters_say(full, sizes):
+  mesh = axes.mesh(**sizes)
+  assert specs(mesh, full) == expected()
+  shapes = jax.tree.map(lambda s, leaf: s.shard_shape(leaf.shape), axes.shardings(mesh, full), full)
+  held = sum(np.prod(shape) for shape in jax.tree.leaves(shapes, is_leaf=is_tuple))
+  norms = (9 * 4 + 1) * 2048  # split over fsdp only
+  split = sizes["fsdp"] * sizes.get("tensor", 1)
+  assert held == (3_349_227_520 - norms) // split + norms // sizes["fsdp"]
+
+
+def test_optimiser_moments_are_sharded_as_their_parameters_and_the_count_is_replicated(full):
+  state = jax.eval_shape(optax.adamw(1e-3).init, full)
+  adam = specs(axes.mesh(fsdp=4, tensor=2), state)[0]
+  assert adam.mu == expected()
+  assert adam.nu == expected()
+  assert adam.count == PartitionSpec()
+
+
+@pytest.mark.parametrize("sizes, shape", [
+    (dict(), (1, 8, 1, 1)),
+    (dict(data=-1, fsdp=2), (4, 2, 1, 1)),
+    (dict(data=1, fsdp=2, tensor=2, context=2), (1, 2, 2, 2)),
+    (dict(fsdp=1, context=-1), (1, 1, 1, 8)),
+])
+def test_a_mesh_fills_in_the_rest(sizes, shape):
+  assert tuple(axes.mesh(**sizes).shape.values()) == shape
+  assert axes.mesh(**sizes).axis_names == ("data", "fsdp", "tensor", "context")
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(fsdp=3), dict(fsdp=4), dict(fsdp=16), dict(data=-1, fsdp=-1), dict(fsdp=0), dict(tensor=-2),
+    dict(tensor=3),
+])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_its_sizes(sizes):
+  with pytest.raises(run.Refused, match=str(next(iter(sizes.values())))):
+    axes.mesh(**sizes)
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("q_DNH", (8,)), ("q_DNH", (8, 8)), ("q_DNH", (2, 2, 8, 8, 8)), ("count", (8,)), ("Q_DNH", (8, 8, 8)),
+])
+def test_a_leaf_whose_rank_is_not_its_letters_is_refused_with_its_path(name, shape):
+  tree = dict(full={name: jax.ShapeDtypeStruct(shape, np.float32)})
+  with pytest.raises(run.Refused, match=rf"\['full'\]\['{name}'\]"):
+    axes.shardings(axes.mesh(), tree)
+
+
+def test_a_size_that_does_not_divide_is_refused_with_both_numbers():
+  tree = dict(gate_DF=jax.ShapeDtypeStruct((12, 7), np.float32))
+  with pytest.raises(run.Refused, match="12 does not divide over 8 devices of 'fsdp'"):
+    axes.shardings(axes.mesh(fsdp=8), tree)
+  with pytest.raises(run.Refused, match="7 does not divide over 2 devices of 'tensor'"):
+    axes.shardings(axes.mesh(fsdp=4, tensor=2), tree)
+
+
+def test_shard_does_nothing_outside_a_mesh_and_pins_the_layout_inside_one():
+  x_BTD = np.ones((4, 6, 8), np.float32)
+  assert axes.shard(x_BTD, "BTD") is x_BTD
+  with jax.set_mesh(axes.mesh(data=2, fsdp=2, context=2)):
+    pinned = jax.jit(lambda x_BTD: axes.shard(x_BTD, "BTD"))(x_BTD)
+    assert axes.axis_size("context") == 2
+  assert pinned.sharding.shard_shape(pinned.shape) == (1, 3, 8)
+  assert axes.axis_size("context") == 1

@@ -1,0 +1,143 @@
+"""Flags, configs and refusals: every door error is one sentence, exit 65, before jax is imported."""
+
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from tiny_aya_jax import __main__, run
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py"))
+PRETRAIN = f"--config={ROOT / 'experiments' / 'pretrain.py'}"
+
+
+def refused(capsys, *argv):
+  assert __main__.main(list(argv)) == 65
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("refused: ")
+  return lines[0]
+
+
+def test_help_lists_every_verb(capsys):
+  assert __main__.main(["--help"]) == 0
+  shown = capsys.readouterr().out
+  assert all(f"  {verb} " in shown for verb in __main__.VERBS)
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["trian"], "did you mean 'train'?"),
+    (["train"], "needs --config=FILE"),
+    (["train", PRETRAIN], "needs --workdir=DIR"),
+    (["train", "--config=nowhere.py", "--workdir=w"], "'nowhere.py', which is not a file"),
+    (["train", PRETRAIN + ":tinny", "--workdir=w"], "did you mean 'tiny'?"),
+    (["train", PRETRAIN, "--workdir=w", "--steps=3"], "unknown flag --steps"),
+    (["train", PRETRAIN, "--workdir=w", "--config.step=3"], "did you mean 'steps'?"),
+    (["train", PRETRAIN, "--workdir=w", "--config.data.bach=3"], "did you mean 'batch'?"),
+    (["train", PRETRAIN, "--workdir=w", "--config.steps.x=3"], "has no fields"),
+    (["train", PRETRAIN, "--workdir=w", "--config.data=3"], "is a group of fields"),
+    (["train", PRETRAIN, "--workdir=w", "--config.steps=three"], "three"),
+    (["train", PRETRAIN, "--workdir=w", "--workdir=v"], "given twice"),
+    (["train", PRETRAIN, "--workdir=w", "stray"], "not of the form --name=value"),
+])  # fmt: skip
+def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said):
+  assert said in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("data.rows", "nowhere", "holds no packed rows"),
+    ("model.K", "3", "do not share 3 key heads"),
+    ("mesh.tensor", "3", "config.mesh.tensor=3 does not divide K=4"),
+    ("model.H", "127", "is odd"),
+    ("accumulate", "7", "does not split into 7"),
+    ("attention", "chunky", "did you mean 'chunked'?"),
+    ("remat", "ful", "did you mean 'full'?"),
+    ("dtype", "float16", "unknown config.dtype"),
+    ("schedule.shape", "cosin", "did you mean 'cosine'?"),
+    ("init_what", "param", "did you mean 'params'?"),
+    ("init_from", "nowhere", "nowhere does not exist"),
+    ("steps", "0", "expected at least 1"),
+    ("schedule.decay_steps", "9999999", "do not fit"),
+])
+def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, value, said):
+  fields = [f"--config.{field}={value}"]
+  if field != "data.rows":
+    fields.append("--config.data.rows=somewhere")
+  assert said in refused(
+      capsys, "train", PRETRAIN, f"--workdir={tmp_path}", "--config.tokenizer=t", *fields
+  )
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_door_does_not_import_jax(tmp_path):
+  command = [sys.executable, "-X", "importtime", "-m", "tiny_aya_jax", "train", PRETRAIN,
+             f"--workdir={tmp_path}", "--config.data.rows=nowhere", "--config.tokenizer=t"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 65
+  assert "| jax" not in done.stderr.replace("tiny_aya_jax", "")
+
+
+def variants(path):
+  """Every (file, variant) of an experiment, read from the refusal of an unknown one."""
+  try:
+    run.load_config(f"{path}:no_such_variant")
+  except run.Refused as refusal:
+    return str(refusal).rpartition("expected one of ")[2].split(", ")
+  raise AssertionError(f"{path} accepts any variant")
+
+
+CASES = [(path, variant) for path in EXPERIMENTS for variant in variants(path)]
+
+
+@pytest.mark.parametrize("path, variant", CASES, ids=lambda x: getattr(x, "stem", x))
+def test_every_field_of_every_experiment_can_be_set_from_the_command_line(path, variant):
+  config = run.load_config(f"{path}:{variant}")
+  values = {}
+  for name, value in leaves(config):
+    kind = type(value) if value is not None else _placeholder_type(config, name)
+    values[name] = {
+        bool: "True", int: "7", float: "0.5", str: "word", tuple: "('a', 'b')",
+    }[kind]
+  run.override(config, values)
+  found = dict(leaves(config))
+  assert {name: str(found[name]) for name in values if found[name] is not None} == values
+
+
+def leaves(config, prefix=""):
+  for name in config.keys():
+    if isinstance(config[name], ml_collections.ConfigDict):
+      yield from leaves(config[name], f"{prefix}{name}.")
+    else:
+      yield prefix + name, config[name]
+
+
+def _placeholder_type(config, name):
+  *parents, last = name.split(".")
+  for parent in parents:
+    config = config[parent]
+  return config.get_type(last)
+
+
+def test_every_experiment_says_its_command_and_what_to_expect():
+  for path in EXPERIMENTS:
+    text = path.read_text(encoding="utf-8")
+    assert "--config=experiments/" + path.name in text.split('"""')[1], path
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  run.write_json(tmp_path / "x.json", {"a": 1})
+  with pytest.raises(TypeError):
+    run.write_json(tmp_path / "x.json", {"a": object()})
+  assert run.read_json(tmp_path / "x.json", "x") == {"a": 1}
+
+
+def test_a_rerun_is_up_to_date_refused_or_allowed_to_overwrite(tmp_path):
+  record = tmp_path / "done.json"
+  assert not run.up_to_date(record, "a", overwrite=False)
+  run.write_json(record, {"inputs": "a"})
+  assert run.up_to_date(record, "a", overwrite=False)
+  assert not run.up_to_date(record, "b", overwrite=True)
+  with pytest.raises(run.Refused, match="made from other inputs"):
+    run.up_to_date(record, "b", overwrite=False)

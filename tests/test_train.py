@@ -1,0 +1,283 @@
+"""One program: resumed is uninterrupted, bit for bit; split batches change nothing; exits are kept."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tiny_aya_jax import __main__, axes, run
+from tiny_aya_jax.train import checkpoint, metrics, optimizer, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+T = 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A vocabulary and packed rows of four languages of the embedded corpus."""
+  folder = tmp_path_factory.mktemp("data")
+  some = "--config.languages=('deu_Latn', 'tur_Latn', 'hin_Deva', 'wol_Latn')"
+  assert call("vocab", "vocab.py:tiny", folder, some, "--config.size=600",
+              "--config.bytes=200000") == 0
+  for variant in ("tiny", "tiny_validation"):
+    assert call("pack", f"pack.py:{variant}", folder / "rows", some, f"--config.T={T}",
+                f"--config.tokenizer={folder / 'tokenizer.model'}") == 0
+  return folder
+
+
+def call(verb, experiment, workdir, *fields):
+  """Runs a verb in this process; a later --config.field wins over an earlier one."""
+  last = dict(field.split("=", 1) for field in fields)
+  return __main__.main(
+      [verb, f"--config={ROOT / 'experiments' / experiment}", f"--workdir={workdir}",
+       *(f"{name}={value}" for name, value in last.items())]
+  )
+
+
+def command(data, workdir, *more):
+  """The same as a command line, for another process."""
+  last = dict(field.split("=", 1) for field in fields(data, *more))
+  return [sys.executable, "-m", "tiny_aya_jax", "train",
+          f"--config={ROOT / 'experiments/pretrain.py'}:tiny", f"--workdir={workdir}",
+          *(f"{name}={value}" for name, value in last.items())]
+
+
+def fields(data, *more):
+  small = dict(D=16, N=4, K=2, H=4, F=24, V=600, window=8)
+  return [
+      f"--config.tokenizer={data / 'tokenizer.model'}", f"--config.data.rows={data / 'rows/train'}",
+      f"--config.data.T={T}", "--config.data.batch=16", "--config.log_every=2",
+      "--config.save_every=4", "--config.evaluate_every=100", "--config.schedule.warmup_steps=2",
+      *(f"--config.model.{name}={value}" for name, value in small.items()), *more,
+  ]
+
+
+def pretrain(data, workdir, *more):
+  return call("train", "pretrain.py:tiny", workdir, *fields(data, *more))
+
+
+def prints(workdir):
+  return checkpoint.meta(checkpoint.find(workdir))["fingerprints"]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+  """Eight steps without interruption, two microbatches a step, evaluated."""
+  workdir = tmp_path_factory.mktemp("whole")
+  assert pretrain(data, workdir, "--config.steps=8", "--config.accumulate=2",
+                  f"--config.data.validation={data / 'rows/validation'}") == 0
+  return workdir
+
+
+def test_resuming_twice_gives_the_same_bits_as_never_stopping(data, whole, tmp_path):
+  for steps in (3, 5, 8):  # other prefetch, other intervals, a resume of a resume
+    assert pretrain(data, tmp_path, f"--config.steps={steps}", "--config.accumulate=2",
+                    f"--config.data.prefetch={steps}", f"--config.data.threads={steps % 3 + 1}",
+                    "--config.save_every=2") == 0
+  assert prints(tmp_path) == prints(whole)
+  steps = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")]
+  assert steps == sorted(set(steps)) and steps[-1] == 8
+
+
+def test_a_run_killed_without_warning_resumes_to_the_same_bits(data, whole, tmp_path):
+  arguments = command(data, tmp_path, "--config.steps=8", "--config.accumulate=2", "--config.save_every=1")
+  process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
+  deadline = time.monotonic() + 120
+  while not checkpoint.steps(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  killed_at = checkpoint.steps(tmp_path)
+  assert killed_at and killed_at[-1] < 8
+  assert subprocess.run(arguments, cwd=ROOT, check=False).returncode == 0
+  assert prints(tmp_path) == prints(whole)
+
+
+def test_sigterm_saves_at_a_step_and_exits_75(data, tmp_path):
+  arguments = command(data, tmp_path, "--config.steps=100000", "--config.save_every=100000")
+  process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
+  deadline = time.monotonic() + 120
+  while not (tmp_path / "metrics.jsonl").exists() or not metrics.read(tmp_path / "metrics.jsonl"):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=60) == 75
+  step = checkpoint.steps(tmp_path)[-1]
+  assert step > 0 and checkpoint.verify(tmp_path) > 20
+
+
+def test_stop_after_saves_and_exits_75(data, tmp_path):
+  assert pretrain(data, tmp_path, "--config.steps=100000", "--config.stop_after=1") == 75
+  assert checkpoint.steps(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_exits_77_and_saves_nothing(data, tmp_path):
+  assert pretrain(data, tmp_path, "--config.steps=6", "--config.schedule.peak=1e30",
+                  "--config.optimizer.clip=1e30", "--config.schedule.warmup_steps=0",
+                  "--config.save_every=100") == 77
+  assert not checkpoint.steps(tmp_path)
+
+
+def test_a_second_run_of_the_same_workdir_is_refused(data, whole, capsys):
+  with train._lock(whole):
+    assert pretrain(data, whole, "--config.steps=9") == 65
+  assert "another run holds" in capsys.readouterr().err
+
+
+def test_a_changed_rate_mixture_batch_or_model_is_refused_on_resume(data, whole, capsys):
+  same = ["--config.steps=9", "--config.accumulate=2"]
+  for changed, said in (
+      ("--config.schedule.peak=1e-5", "schedule"), ("--config.data.mixture.temperature=1.0", "mixture"),
+      ("--config.data.batch=32", "batch"), ("--config.model.F=32", "F 24 (here 32)"),
+      ("--config.data.seed=1", "seed"),
+  ):
+    assert pretrain(data, whole, *same, changed) == 65
+    assert said in capsys.readouterr().err
+
+
+def test_an_accepted_change_continues_every_counter(data, tmp_path):
+  from tiny_aya_jax.data import mixture
+
+  assert pretrain(data, tmp_path, "--config.steps=4") == 0
+  before = checkpoint.restore_data(tmp_path)
+  assert pretrain(data, tmp_path, "--config.steps=6", "--config.data.batch=32",
+                  "--config.data.mixture.temperature=100.0", "--config.data.accept_change=True") == 0
+  after = checkpoint.restore_data(tmp_path)
+  assert mixture.counts(after["plan"], 4 * 32) == mixture.counts(before["plan"], 4 * 16)
+  assert sum(mixture.counts(after["plan"], 6 * 32).values()) == 4 * 16 + 2 * 32
+
+
+def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole, tmp_path):
+  from tiny_aya_jax.data import mixture
+
+  fork = tmp_path / "fork"
+  assert call("train", "cooldown.py:tiny", fork, *fields(
+      data, f"--config.init_from={whole}", "--config.steps=2", "--config.schedule.warmup_steps=0")) == 0
+  assert checkpoint.steps(fork)[-1] == 10
+  trunk, forked = checkpoint.restore_data(whole), checkpoint.restore_data(fork)
+  assert mixture.counts(forked["plan"], 128) == mixture.counts(trunk["plan"], 128)
+  assert len(forked["plan"]["segments"]) == 2
+  sft = tmp_path / "sft"
+  assert call("train", "sft.py:tiny", sft, *fields(
+      data, f"--config.init_from={fork}", "--config.steps=2", "--config.schedule.warmup_steps=0",
+      "--config.schedule.peak=0.0", "--config.schedule.final=0.0")) == 0
+  assert checkpoint.steps(sft)[-1] == 2
+  assert prints(sft)["params"] == prints(fork)["params"]  # a rate of 0 leaves what it started from
+
+
+def test_bits_per_byte_are_measured_per_language_and_fall(whole):
+  rows = [row for row in metrics.read(whole / "metrics.jsonl") if "evaluation" in row]
+  assert [row["step"] for row in rows] == [0, 8]
+  assert rows[0]["evaluation"].keys() == {"deu_Latn", "tur_Latn", "hin_Deva", "wol_Latn"}
+  assert rows[1]["summary"]["mean"] < rows[0]["summary"]["mean"]
+  losses = [row for row in metrics.read(whole / "metrics.jsonl") if "loss" in row]
+  assert sum(entry["tokens"] for entry in losses[0]["languages"].values()) == losses[0]["tokens"]
+
+
+def test_run_json_and_config_text_say_what_ran(whole):
+  record = json.loads((whole / "run.json").read_text())
+  assert record["versions"]["jax"] == jax.__version__ and "D: 16" in record["config"]
+  assert "D: 16" in (whole / "config.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def step_inputs(cfg):
+  from conftest import random_batch, random_params
+
+  from tiny_aya_jax.model.transformer import TinyAya
+
+  import functools
+
+  batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed=3)
+  batch["source_B"] = np.array([0, 1, 1, 2], np.int32)
+  loss = functools.partial(train.next_token_loss, model=TinyAya(cfg), chunk=8, z_loss=1e-4)
+  config = run.load_config(str(ROOT / "experiments/pretrain.py")).optimizer
+  tx = optimizer.adamw(config, lambda step: 1e-2)
+  params = random_params(cfg, seed=1)
+  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
+  return state, batch, loss, tx
+
+
+def test_accumulation_changes_nothing_but_rounding(step_inputs):
+  state, batch, loss, tx = step_inputs
+  whole, one = train.train_step(state, batch, loss=loss, tx=tx, accumulate=1, sources=3)
+  parts, two = train.train_step(state, batch, loss=loss, tx=tx, accumulate=2, sources=3)
+  np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
+  np.testing.assert_allclose(one["nats_S"], two["nats_S"], rtol=1e-5)
+  np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=1e-4)
+  assert float(one["tokens"]) == batch["weight_BT"].sum()
+
+
+def test_weight_decay_spares_the_embedding_and_the_norms(step_inputs):
+  mask = optimizer.decay_mask(step_inputs[0]["params"])
+  flat = {path[-1].key: decayed for path, decayed in jax.tree_util.tree_leaves_with_path(mask)}
+  assert not flat["embedding_VD"] and not flat["norm_D"]
+  assert all(flat[name] for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "down_FD"))
+
+
+@pytest.mark.parametrize("shape", optimizer.SHAPES)
+def test_schedules_warm_up_reach_their_peak_and_end_at_final(shape):
+  config = run.load_config(str(ROOT / "experiments/pretrain.py")).schedule
+  config.update(shape=shape, peak=1.0, final=0.1, warmup_steps=10, decay_steps=20)
+  rate = optimizer.schedule(config, steps=100, start=1000)
+  values = [float(rate(1000 + step)) for step in range(101)]
+  np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-6)
+  assert values[10] == 1.0 and np.isclose(values[100], 0.1)
+  assert all(later <= earlier + 1e-6 for earlier, later in zip(values[9:], values[10:]))
+  if shape == "wsd":
+    assert values[80] == 1.0 and np.isclose(values[90], 0.55)
+  if shape == "cosine":
+    assert np.isclose(values[55], 0.55)
+
+
+def test_a_flipped_bit_is_noticed(whole, tmp_path):
+  import shutil
+
+  shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+  path = checkpoint.find(tmp_path)
+  files = [file for file in (path / "params").rglob("d/*") if file.is_file()]
+  largest = max(files, key=lambda file: file.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1 << 3
+  largest.write_bytes(content)
+  with pytest.raises(run.Refused):
+    checkpoint.verify(tmp_path)
+  assert checkpoint.verify(whole) > 20
+
+
+def test_fingerprints_are_the_same_on_every_mesh(cfg, params):
+  expected = checkpoint.fingerprints(params)
+  for sizes in (dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=8, fsdp=1)):
+    mesh = axes.mesh(**sizes)
+    placed = jax.device_put(params, axes.shardings(mesh, params))
+    assert checkpoint.fingerprints(placed) == expected
+
+
+def test_the_same_run_on_another_mesh_gives_the_same_loss(data, whole, tmp_path):
+  assert pretrain(data, tmp_path, "--config.steps=4", "--config.accumulate=2",
+                  "--config.mesh.fsdp=2", "--config.mesh.data=2", "--config.mesh.tensor=2") == 0
+  ours = [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+  theirs = [row["loss"] for row in metrics.read(whole / "metrics.jsonl") if "loss" in row]
+  np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_over_devices_is_refused(data, tmp_path, capsys):
+  assert pretrain(data, tmp_path, "--config.steps=4", "--config.data.batch=12") == 65
+  assert "do not split over 8 devices" in capsys.readouterr().err
+  assert not checkpoint.steps(tmp_path)
+
+
+def test_show_prints_rows_and_trains_nothing(data, tmp_path, capsys):
+  assert pretrain(data, tmp_path / "shown", "--config.show=3") == 0
+  shown = capsys.readouterr().out
+  assert shown.count("/embedded") >= 3 or shown.count("_Latn") + shown.count("_Deva") >= 3
+  assert not (tmp_path / "shown").exists()

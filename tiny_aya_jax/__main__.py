@@ -1,0 +1,38 @@
+"""python -m tiny_aya_jax VERB --config=FILE[:variant] --workdir=DIR [--config.field=value ...]"""
+
+import importlib
+import sys
+
+from tiny_aya_jax import run
+
+# verb: (module with main(config, workdir), what it does)
+VERBS = dict(
+    vocab=("tiny_aya_jax.data.vocab", "weighted text -> SentencePiece model and tokenizer.json"),
+    pack=("tiny_aya_jax.data.pack", "documents or conversations -> rows of T+1 tokens, manifest"),
+    train=("tiny_aya_jax.train.door", "rows -> checkpoints: pretraining, cooldown and SFT alike"),
+    evaluate=("tiny_aya_jax.evaluate.evaluate", "checkpoints -> bits per byte per language, a page"),
+    export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
+    talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),
+    bench=("tiny_aya_jax.bench", "times a training step beside transformers in PyTorch"),
+    verify=("tiny_aya_jax.train.verify", "checks every array of a checkpoint against its fingerprint"),
+)
+WITHOUT_WORKDIR = ("bench", "verify")
+
+
+def main(argv=None):
+  """Runs one verb; returns its exit code (run.EXIT)."""
+  argv = sys.argv[1:] if argv is None else argv
+  if not argv or argv[0] in ("--help", "-h", "help"):
+    print(__doc__ + "\n\n" + "\n".join(f"  {verb:9} {what}" for verb, (_, what) in VERBS.items()))
+    return 0
+  try:
+    run.choose("verb", argv[0], VERBS)
+    config, workdir = run.parse(argv, WITHOUT_WORKDIR)
+    return importlib.import_module(VERBS[argv[0]][0]).main(config, workdir) or run.EXIT["done"]
+  except run.Refused as refusal:
+    print(f"refused: {refusal}", file=sys.stderr, flush=True)
+    return run.EXIT["refused"]
+
+
+if __name__ == "__main__":
+  sys.exit(main())

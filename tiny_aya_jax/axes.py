@@ -1,0 +1,97 @@
+"""The alphabet and the whole of the parallelism: one letter is one dimension, everywhere.
+
+  B batch   T query position   S key position   D model width   F feed-forward width   V vocabulary
+  N query heads   K key/value heads   G = N/K queries per key head   H head width   L stacked periods
+  M microbatch   C chosen/rejected   R adapter rank
+
+A parameter's name carries its letters (`q_DNH` is [D, N, H]), so its sharding, and that of its
+optimiser moments, is read off the name. There is no other table of shardings.
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tiny_aya_jax import run
+
+AXES = ("data", "fsdp", "tensor", "context")
+PARAMETER = dict(V="tensor", D="fsdp", F="tensor", N="tensor", K="tensor")
+ACTIVATION = dict(
+    B=("data", "fsdp"), T="context", F="tensor", N="tensor", K="tensor", V="tensor"
+)
+
+
+def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
+  """A mesh over `devices` (default: all) with the axes of AXES; one size may be -1, 'the rest'."""
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context)
+  free = [axis for axis, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise run.Refused(f"mesh {sizes}: sizes are at least 1, and at most one is -1 (the rest)")
+  if len(devices) % fixed or (not free and fixed != len(devices)):
+    raise run.Refused(f"mesh {sizes} does not cover {len(devices)} devices: the sizes multiply to {fixed}")
+  if free:
+    sizes[free[0]] = len(devices) // fixed
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=devices)
+
+
+def shardings(mesh, tree):
+  """NamedSharding for every leaf of params, optimiser state or train state, read off its name.
+
+  A leaf named `..._LETTERS` has the rank of its letters, or one more (stacked periods, L, in
+  front); a leaf without letters is a scalar. Anything else is refused with its path.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: NamedSharding(mesh, spec(path, leaf, mesh)), tree
+  )
+
+
+def spec(path, leaf, mesh):
+  """PartitionSpec of the leaf at `path`; refuses sizes that do not divide over the mesh."""
+  name, letters = jax.tree_util.keystr(path), letters_of(path)
+  rank = len(leaf.shape)
+  if rank not in (len(letters), len(letters) + 1) or (not letters and rank):
+    raise run.Refused(f"{name} has shape {leaf.shape}, but its name says {letters or 'a scalar'}")
+  axes = [None] * (rank - len(letters)) + [PARAMETER.get(letter) for letter in letters]
+  for size, axis in zip(leaf.shape, axes):
+    if axis is not None and size % mesh.shape[axis]:
+      raise run.Refused(
+          f"{name} {leaf.shape}: {size} does not divide over {mesh.shape[axis]} devices of {axis!r}"
+      )
+  return PartitionSpec(*axes)
+
+
+def letters_of(path):
+  """The letters of a leaf's own name: (..., 'periods', 'full', 'q_DNH') -> 'DNH'; '' if none."""
+  key = path[-1]
+  name = str(getattr(key, "key", getattr(key, "name", "")))
+  found = re.fullmatch(r"[a-z]+(?:_[a-z]+)*_([A-Z]+)", name)
+  return found.group(1) if found else ""
+
+
+def shard(x, letters):
+  """Pins an activation's layout over the current mesh; a no-op outside a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(
+      x, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters))
+  )
+
+
+def axis_size(axis):
+  """Devices along one axis of the current mesh; 1 outside a mesh."""
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def place(mesh, batch):
+  """This process's rows {"token_BT": array, ...} -> global arrays laid out by their letters."""
+  def place_one(path, rows):
+    letters = letters_of(path)
+    sharding = NamedSharding(mesh, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters)))
+    return jax.make_array_from_process_local_data(sharding, rows)
+
+  return jax.tree_util.tree_map_with_path(place_one, batch)

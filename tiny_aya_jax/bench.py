@@ -1,0 +1,244 @@
+"""VERB bench: how fast, beside what, on this machine; nothing is written.
+
+`train_step` times one training step of ours beside the same step of `transformers` Cohere2 in
+PyTorch, eager and compiled: same weights, same batch, same AdamW. The sides take turns, because on
+a busy machine only ratios within one run mean anything, and they must agree on the loss of the
+first steps, or the comparison is void. One segment a row on both sides: packed rows do not exist
+over there. A config is any object with the fields of experiments/bench.py.
+"""
+
+import importlib
+import os
+import platform
+import statistics
+import time
+
+import numpy as np
+
+BENCHES = ("train_step",)
+SIDES = dict(eager="PyTorch eager", compile="torch.compile")
+AGREED_STEPS = 3  # 1: same forward; 2 and 3: same gradients, clipping and AdamW
+
+
+def main(config, workdir=None):
+  """Runs the benchmark named by config.bench and prints its table; the workdir is not used."""
+  from tiny_aya_jax import run
+
+  run.choose("bench", config.bench, BENCHES)
+  for side in config.against:
+    run.choose("side", side, SIDES)
+  train_step(config)
+
+
+def train_step(config, say=print):
+  """Times one training step of every side, in turns; returns {side: [seconds of each step]}.
+
+  Refuses when another side's losses leave ours by more than config.tolerance, in nats.
+  """
+  _keep_threads(config.threads)
+  cfg = config.model
+  say(", ".join(f"{name} {version}" for name, version in _versions(config).items()))
+  say(f"{4 * cfg.L} layers, D {cfg.D}, F {cfg.F}, {cfg.N}/{cfg.K} heads of {cfg.H}, V {cfg.V}, "
+      f"window {cfg.window}, batch {config.batch} x {config.T}, {config.dtype}")
+  say(f"ours: attention {config.attention}, loss chunk {config.loss_chunk}, "
+      f"remat {config.remat}, unroll {config.unroll}")
+  params, token_BT = _start(config)
+  sides = dict(ours=_ours(config, params, token_BT))
+  for side in config.against:
+    sides[side] = _theirs(config, params, token_BT, compiled=side == "compile")
+  _agree(sides, config.tolerance, say)
+  seconds = {side: [] for side in sides}
+  for turn in range(config.turns):
+    for side, step in sides.items():
+      step()  # untimed: the other side's arrays leave the caches, its threads go to sleep
+      seconds[side] += [_timed(step) for _ in range(config.steps)]
+    say(f"turn {turn + 1}/{config.turns}: " + _table(seconds, config.batch * config.T))
+  return seconds
+
+
+def _keep_threads(threads):
+  """Keeps this process, and so XLA's and PyTorch's pools, on the first `threads` cores."""
+  if hasattr(os, "sched_setaffinity"):  # Linux; before jax counts its cores
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def _versions(config):
+  names = ("jax", "jaxlib") + (("torch", "transformers") if config.against else ())
+  versions = {name: _package(name).__version__ for name in names}
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return versions | dict(python=platform.python_version(), cores=cores)
+
+
+def _package(name):
+  try:
+    return importlib.import_module(name)
+  except ImportError:
+    from tiny_aya_jax import run
+
+    raise run.Refused(
+        f"bench against PyTorch needs {name}, which is not installed: pip install "
+        "torch==2.13.0 transformers==5.17.0, or give --config.against='()'"
+    ) from None
+
+
+def _start(config):
+  """Fresh parameters, as NumPy, and random tokens [batch, T + 1]."""
+  import jax
+
+  from tiny_aya_jax.model.transformer import TinyAya
+
+  random = np.random.default_rng(config.seed)
+  token_BT = random.integers(0, config.model.V, (config.batch, config.T + 1), np.int32)
+  params = TinyAya(config.model).init(jax.random.key(config.seed), *_inputs(token_BT[:1, :-1]))
+  return jax.tree.map(np.asarray, params["params"]), token_BT
+
+
+def _inputs(token_BT):
+  """(token_BT, segment_BT, position_BT) of rows that are one document each."""
+  position_BT = np.broadcast_to(np.arange(token_BT.shape[1], dtype=np.int32), token_BT.shape)
+  return token_BT, np.ones_like(token_BT), position_BT
+
+
+def _ours(config, params, token_BT):
+  """A function of nothing: one step of this package, returning the loss before it."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from tiny_aya_jax.model import losses
+  from tiny_aya_jax.model.transformer import TinyAya
+  from tiny_aya_jax.train.optimizer import decay_mask
+
+  cfg, adamw = config.model, config.optimizer
+  model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll)
+  tx = optax.chain(
+      optax.clip_by_global_norm(adamw.clip),
+      optax.adamw(
+          adamw.learning_rate, adamw.b1, adamw.b2, adamw.eps,
+          weight_decay=adamw.weight_decay, mask=decay_mask,
+      ),
+  )
+  inputs, target_BT = jax.device_put((_inputs(token_BT[:, :-1]), token_BT[:, 1:]))
+  weight_BT = jnp.ones(target_BT.shape, jnp.float32)
+
+  def loss(params):
+    hidden_BTD = model.apply({"params": params}, *inputs)
+    sum, count, _ = losses.next_token(
+        hidden_BTD, params["embedding_VD"], target_BT, weight_BT,
+        logit_scale=cfg.logit_scale, chunk=config.loss_chunk,
+    )
+    return sum / count
+
+  def update(params, moments):
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, moments = tx.update(gradients, moments, params)
+    return optax.apply_updates(params, updates), moments, value
+
+  update = jax.jit(update, donate_argnums=(0, 1))
+  state = jax.device_put(jax.tree.map(jnp.array, params))
+  state = [state, tx.init(state)]
+
+  def step():
+    *state[:], value = update(*state)
+    return float(jax.block_until_ready((state, value))[1])
+
+  return step
+
+
+def _theirs(config, params, token_BT, compiled):
+  """The same step in PyTorch: fused AdamW, clip_grad_norm_, SDPA, the loss compiled with the model."""
+  torch = _package("torch")
+  torch.set_num_threads(config.threads)
+  adamw = config.optimizer
+  model = _cohere2(config.model, params)
+  input_ids = torch.tensor(token_BT[:, :-1].astype(np.int64))
+  target = torch.tensor(token_BT[:, 1:].astype(np.int64)).flatten()
+  matrices, rest = [], []
+  for name, parameter in model.named_parameters():
+    (rest if "norm" in name or "embed" in name else matrices).append(parameter)
+  groups = [dict(params=matrices), dict(params=rest, weight_decay=0.0)]
+  optimizer = torch.optim.AdamW(
+      groups, adamw.learning_rate, (adamw.b1, adamw.b2), adamw.eps, adamw.weight_decay, fused=True
+  )
+
+  def loss():
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target)
+
+  loss = torch.compile(loss) if compiled else loss
+  autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+  def step():
+    optimizer.zero_grad(set_to_none=True)
+    with autocast:
+      value = loss()
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), adamw.clip)
+    optimizer.step()
+    return float(value.detach())
+
+  return step
+
+
+def _cohere2(cfg, params):
+  """transformers' model of the same shape, holding the same numbers (tiny_aya.md 1.2)."""
+  import torch
+
+  from tiny_aya_jax.model.transformer import BLOCKS
+
+  transformers = _package("transformers")
+  model = transformers.Cohere2ForCausalLM(transformers.Cohere2Config(
+      vocab_size=cfg.V, hidden_size=cfg.D, intermediate_size=cfg.F, num_hidden_layers=4 * cfg.L,
+      num_attention_heads=cfg.N, num_key_value_heads=cfg.K, logit_scale=cfg.logit_scale,
+      layer_norm_eps=cfg.norm_epsilon, sliding_window=cfg.window, pad_token_id=None,
+      rope_parameters=dict(rope_type="default", rope_theta=cfg.rope_theta),
+  ))
+
+  def copy(module, value, columns=None):
+    flat = value if columns is None else value.reshape(columns, -1).T
+    module.weight.data.copy_(torch.tensor(np.ascontiguousarray(flat)))
+
+  copy(model.model.embed_tokens, params["embedding_VD"])
+  copy(model.model.norm, params["norm_D"])
+  for number, layer in enumerate(model.model.layers):
+    block = params["periods"][BLOCKS[number % 4]]
+    block = {name: stacked[number // 4] for name, stacked in block.items()}
+    copy(layer.input_layernorm, block["norm_D"])
+    for name in ("q_DNH", "k_DKH", "v_DKH"):
+      copy(getattr(layer.self_attn, f"{name[0]}_proj"), block[name], cfg.D)
+    copy(layer.self_attn.o_proj, block["o_NHD"], cfg.N * cfg.H)
+    copy(layer.mlp.gate_proj, block["gate_DF"], cfg.D)
+    copy(layer.mlp.up_proj, block["up_DF"], cfg.D)
+    copy(layer.mlp.down_proj, block["down_FD"], cfg.F)
+  return model.train()
+
+
+def _agree(sides, tolerance, say):
+  """Refuses unless every side's losses of the first steps are ours within `tolerance` nats."""
+  losses = {side: [step() for _ in range(AGREED_STEPS)] for side, step in sides.items()}
+  for side, theirs in losses.items():
+    say(f"losses, {side}: " + " ".join(f"{value:.6f}" for value in theirs))
+    apart = max(abs(a - b) for a, b in zip(losses["ours"], theirs))
+    if not apart <= tolerance:  # also when a loss is not a number
+      from tiny_aya_jax import run
+
+      raise run.Refused(
+          f"the losses of {side} are {apart:.2e} nats from ours, more than {tolerance:.0e}: "
+          "the sides do not compute the same step, so their times cannot be compared"
+      )
+
+
+def _timed(step):
+  begin = time.perf_counter()
+  step()
+  return time.perf_counter() - begin
+
+
+def _table(seconds, tokens):
+  """'ours 4000 tokens/s (1024 ms); eager 3000 tokens/s (1365 ms), ours is 1.33 of it', medians."""
+  median = {side: statistics.median(steps) for side, steps in seconds.items()}
+  return "; ".join(
+      f"{side} {tokens / median[side]:.0f} tokens/s ({1000 * median[side]:.0f} ms)"
+      + (f", ours is {median[side] / median['ours']:.2f} of it" if side != "ours" else "")
+      for side in median
+  )

@@ -1,0 +1,355 @@
+"""Which source does global row n come from, and which row of that source? Sizes and a rule in.
+
+Not a sampler and not I/O: a closed form on integers, so that the answer for any row is the same on
+every host, for any batch size, and after any restart. Row n of the run belongs to the source whose
+interval holds  u_n = (a n + b) mod 2^64,  a ~ 2^64 / golden ratio  (a Kronecker sequence: realised
+counts stay within O(log n) of exact), and it is that source's row number
+
+  #{k < n : u_k < t} = sum_k floor((a k + b) / 2^64) - floor((a k + b - t) / 2^64)
+
+taken at both ends of the interval; the sums are Euclid-like (`_floor_sum`), exact, in O(log n).
+
+Weights are shares of TOKENS; a plan holds shares of rows, because sources fill rows differently.
+A plan is JSON: sources, and an append-only list of segments, each with thresholds from its
+start_row on, and each source's counter at that row, so that a cooldown mixture skips and repeats
+nothing.
+"""
+
+import bisect
+import functools
+import inspect
+import math
+
+import numpy as np
+
+from tiny_aya_jax import languages
+from tiny_aya_jax import run
+
+MODULUS = 1 << 64
+STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: no rational approximates it well
+OFFSET = 1 << 63  # the first row comes from the middle of the table, not from its first source
+# Thresholds are whole numbers of 2^-40: exact in JSON readers that know only doubles, and coarse
+# enough that a power function rounding differently on another machine gives the same plan.
+UNIT = 1 << 40
+MOST_EPOCHS = 4  # up to here repeats are worth almost as much as new text (arXiv 2305.16264)
+
+
+def weights(sizes, rule):
+  """{"<code>/<source>": tokens}, rule -> {name: share of tokens}; the shares sum to 1.
+
+  rule is dict(kind="temperature", temperature, languages): over languages the share is
+  proportional to tokens^(1 / temperature), inside a language to tokens; or
+  dict(kind="explicit", weights={language, region or source: share}), inside a group by tokens.
+  Sources the rule leaves out are absent from the result.
+  """
+  for name, tokens in sizes.items():
+    if not tokens > 0:
+      raise run.Refused(f"source {name!r} has {tokens} tokens: leave it out of the mixture")
+  rule = {field: value for field, value in rule.items() if value is not None}
+  kind = run.choose("mixture kind", rule.pop("kind", None), RULES)
+  expected = tuple(inspect.signature(RULES[kind]).parameters)[1:]
+  for field in rule:
+    run.choose(f"field of a {kind} mixture", field, expected)
+  for field in expected:
+    if field not in rule:
+      raise run.Refused(f"a {kind} mixture needs the field {field!r}")
+  share = RULES[kind](sizes, **rule)
+  total = math.fsum(share.values())
+  return {name: share[name] / total for name in sizes if name in share}
+
+
+def _temperature(sizes, temperature, languages):
+  if not 0 < temperature < math.inf:
+    raise run.Refused(f"mixture temperature is {temperature}: expected a positive number")
+  tokens = {code: 0 for code in present(languages, [_code(name) for name in sizes])}
+  for name in sizes:
+    if _code(name) in tokens:
+      tokens[_code(name)] += sizes[name]
+  largest = max(tokens.values())
+  return {
+      name: (tokens[_code(name)] / largest) ** (1 / temperature) * size / tokens[_code(name)]
+      for name, size in sizes.items()
+      if _code(name) in tokens
+  }
+
+
+def _explicit(sizes, weights):
+  share = {}
+  for key, weight in weights.items():
+    if not 0 <= weight < math.inf:
+      raise run.Refused(f"mixture weight of {key!r} is {weight}: expected a number of at least 0")
+    group = _sources_of(key, sizes)
+    tokens = sum(sizes[name] for name in group)
+    for name in group:
+      if name in share:
+        raise run.Refused(f"source {name!r} is given a mixture weight twice, once as {key!r}")
+      share[name] = weight * sizes[name] / tokens
+  if not math.fsum(share.values()) > 0:
+    raise run.Refused("an explicit mixture needs at least one weight above 0")
+  return {name: value for name, value in share.items() if value > 0}
+
+
+# Another rule is another function of (sizes, its own fields) and a line here.
+RULES = dict(temperature=_temperature, explicit=_explicit)
+
+
+def present(names, codes):
+  """Language names, regions or 'all' -> those of `codes` they cover, in table order.
+
+  'all' and a region mean what there is of them; a language that was named must be there.
+  """
+  codes = set(codes)
+  for name in names:
+    if codes.isdisjoint(languages.expand(name)):
+      raise run.Refused(f"no source of {name!r}: there are sources of {', '.join(sorted(codes))}")
+  return tuple(code for code in languages.select(names) if code in codes)
+
+
+def _sources_of(key, sizes):
+  if "/" in key:
+    return [run.choose("source in the mixture weights", key, sizes)]
+  codes = present([key], [_code(name) for name in sizes])
+  return [name for name in sizes if _code(name) in codes]
+
+
+def _code(name):
+  return name.partition("/")[0]
+
+
+def plan(sources, rule):
+  """Manifests (or dicts with their name, rows, tokens, ...) and a rule -> a JSON-able plan.
+
+  sources: dicts with "name", "language", "path", "rows", "tokens", "sha256", "T" and
+  "tokenizer_sha256", as `loader.read_manifests` returns them.
+  """
+  if not sources:
+    raise run.Refused("a mixture needs at least one source, and there is none")
+  made = dict(
+      version=1,
+      T=_same(sources, "T"),
+      tokenizer_sha256=_same(sources, "tokenizer_sha256"),
+      sources=[],
+      segments=[],
+  )
+  return append(made, 0, rule, sources)
+
+
+def append(plan, start_row, rule, sources=None):
+  """-> a new plan that follows `rule` from global row `start_row` on; counters go on.
+
+  rule is a mixture rule, or {name: share of tokens}. `sources` (optional) is the source list from
+  now on: new ones start at their row 0, ones left out keep their counter, and one whose rows
+  changed is refused, because its counter would point at other rows.
+  """
+  segments = plan["segments"]
+  if segments and start_row < segments[-1]["start_row"]:
+    raise run.Refused(
+        f"a mixture cannot change at row {start_row}: the plan already changes at row "
+        f"{segments[-1]['start_row']}; segments are only appended"
+    )
+  available = plan["sources"] if sources is None else sources
+  merged = _merge(plan, available)
+  sizes = {source["name"]: source["tokens"] for source in available}
+  share = weights(sizes, rule) if "kind" in rule else _explicit(sizes, rule)
+  total = math.fsum(share.values())
+  offsets = counts(plan, start_row)
+  segment = dict(
+      start_row=int(start_row),
+      weights=[round(share.get(source["name"], 0.0) / total, 12) for source in merged],
+      thresholds=_thresholds(merged, share),
+      offsets=[offsets.get(source["name"], 0) for source in merged],
+  )
+  return {**plan, "sources": merged, "segments": [*segments, segment]}
+
+
+def _merge(plan, sources):
+  merged = {source["name"]: source for source in plan["sources"]}
+  seen = set()
+  for source in sources:
+    name, old = source["name"], merged.get(source["name"])
+    if name in seen:
+      raise run.Refused(f"source {name!r} is given twice: give one of them another source name")
+    seen.add(name)
+    for field in ("T", "tokenizer_sha256"):
+      if field in source and source[field] != plan[field]:
+        raise run.Refused(
+            f"source {name!r} has {field} {source[field]}, the plan has {plan[field]}: "
+            "pack it again with the plan's"
+        )
+    if source["rows"] < 1:
+      raise run.Refused(f"source {name!r} has {source['rows']} rows: leave it out of the mixture")
+    if old and (old["rows"], old["sha256"]) != (source["rows"], source["sha256"]):
+      raise run.Refused(
+          f"the rows of source {name!r} changed ({old['rows']} rows before, {source['rows']} now): "
+          "its counter would point at other rows; pack the new ones under another source name"
+      )
+    merged[name] = {field: source[field] for field in _SOURCE_FIELDS}
+  return list(merged.values())
+
+
+_SOURCE_FIELDS = ("name", "language", "path", "rows", "tokens", "sha256")
+
+
+def _thresholds(sources, share):
+  """Shares of tokens -> upper ends of each source's interval, in units of 2^-40, ending at 2^40."""
+  rows = [share.get(s["name"], 0.0) * s["rows"] / s["tokens"] for s in sources]
+  total = math.fsum(rows)
+  widths = [round(row / total * UNIT) for row in rows]
+  for source, row, width in zip(sources, rows, widths):
+    if row > 0 and not width:
+      raise run.Refused(
+          f"source {source['name']!r} would be {row / total:.1e} of the rows, less than 2^-40: "
+          "leave it out of the mixture"
+      )
+  widths[widths.index(max(widths))] += UNIT - sum(widths)  # rounding: a few 2^-40 to the largest
+  return np.cumsum(widths).tolist()
+
+
+def _same(sources, field):
+  values = {source[field] for source in sources}
+  if len(values) > 1:
+    named = {source[field]: source["name"] for source in sources}
+    raise run.Refused(
+        f"sources differ in {field}: "
+        + ", ".join(f"{value} ({name})" for value, name in named.items())
+        + "; pack them alike"
+    )
+  return values.pop()
+
+
+def plan_sha256(plan):
+  """What decides the rows, and nothing else: not where they lie, not how the shares are written."""
+  return run.fingerprint(
+      dict(
+          version=plan["version"],
+          T=plan["T"],
+          tokenizer_sha256=plan["tokenizer_sha256"],
+          sources=[[s["name"], s["rows"], s["sha256"]] for s in plan["sources"]],
+          segments=[
+              [segment["start_row"], segment["thresholds"], segment["offsets"]]
+              for segment in plan["segments"]
+          ],
+      )
+  )
+
+
+def counts(plan, row):
+  """{source name: how many of the global rows 0 .. row-1 come from it}: the sources' counters."""
+  names = [source["name"] for source in plan["sources"]]
+  if not plan["segments"]:
+    return dict.fromkeys(names, 0)
+  segment = plan["segments"][_segment_at(plan, row)]
+  return dict(zip(names, _counters(plan, segment, row)))
+
+
+def locate(plan, row):
+  """Global row -> (index into plan["sources"], row counter of that source, epochs not removed)."""
+  source_n, rank_n = locate_many(plan, row, 1)
+  return int(source_n[0]), int(rank_n[0])
+
+
+def locate_many(plan, start, count):
+  """Global rows start .. start+count-1 -> (source int32 [count], row counter int64 [count]).
+
+  One floor sum per source at `start`, the rest is NumPy: 3 ms for 70 sources and then 0.1 us a row.
+  """
+  source_parts, rank_parts = [], []
+  while count:
+    index = _segment_at(plan, start)
+    segment, following = plan["segments"][index], plan["segments"][index + 1 : index + 2]
+    here = min([count, *(later["start_row"] - start for later in following)])
+    source_n = _sources_at(segment, start, here)
+    source_parts.append(source_n)
+    rank_parts.append(_ranks(source_n, _counters(plan, segment, start)))
+    start, count = start + here, count - here
+  return np.concatenate(source_parts), np.concatenate(rank_parts)
+
+
+def _segment_at(plan, row):
+  starts = [segment["start_row"] for segment in plan["segments"]]
+  return bisect.bisect_right(starts, row) - 1
+
+
+def _sources_at(segment, start, count):
+  """The source of each row. uint64 arithmetic wraps, which is the modulus."""
+  first = (STEP * start + OFFSET) % MODULUS
+  u_n = np.uint64(first) + np.uint64(STEP) * np.arange(count, dtype=np.uint64)
+  # The ends below 2^40: the source after the last of them goes up to 2^64, which uint64 lacks.
+  ends = segment["thresholds"][: bisect.bisect_left(segment["thresholds"], UNIT)]
+  ends = np.array(ends, np.uint64) * np.uint64(MODULUS // UNIT)
+  return np.searchsorted(ends, u_n, "right").astype(np.int32)
+
+
+def _counters(plan, segment, row):
+  """Each source's counter at `row`, which lies in `segment`: its offset and the rows since."""
+  start = segment["start_row"]
+  offsets = segment["offsets"] + [0] * (len(plan["sources"]) - len(segment["offsets"]))
+  if row == start:
+    return list(offsets)
+  below = [_below(row, t) - _below(start, t) for t in segment["thresholds"]]
+  since = [upper - lower for upper, lower in zip(below, [0, *below])]
+  since += [0] * (len(offsets) - len(since))
+  return [offset + rows for offset, rows in zip(offsets, since)]
+
+
+def _below(n, threshold):
+  """#{k < n : u_k < threshold}, threshold in units of 2^-40; exact."""
+  t = threshold * (MODULUS // UNIT)
+  # floor((x - t) / m) = floor((x - t + m) / m) - 1, which keeps the sum's terms positive.
+  over = _floor_sum(n, MODULUS, STEP, OFFSET + MODULUS - t) - n
+  return _floor_sum(n, MODULUS, STEP, OFFSET) - over
+
+
+@functools.lru_cache(maxsize=4096)  # one of the two sums is everyone's, and a segment's start too
+def _floor_sum(n, m, a, b):
+  """sum over k < n of floor((a k + b) / m), by swapping the roles of a and m as Euclid does."""
+  total = 0
+  while n:
+    total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+    a, b = a % m, b % m
+    n, b = divmod(a * n + b, m)
+    a, m = m, a
+  return total
+
+
+def _ranks(source_n, counters):
+  """Counter of each row's source just before that row."""
+  rank_n = np.empty(len(source_n), np.int64)
+  for source in np.unique(source_n):
+    here = np.flatnonzero(source_n == source)
+    rank_n[here] = counters[source] + np.arange(len(here))
+  return rank_n
+
+
+def table(plan, rows):
+  """Text lines: what a run of so many rows sees of each language, with a warning above 4 epochs."""
+  drawn = counts(plan, rows)
+  seen, size = {}, {}
+  for source in plan["sources"]:
+    code = source["language"]
+    tokens = drawn[source["name"]] * source["tokens"] / source["rows"]
+    seen[code] = seen.get(code, 0) + tokens
+    size[code] = size.get(code, 0) + source["tokens"]
+  total = math.fsum(seen.values()) or 1
+  lines = [f"{'language':10} {'tokens':>10} {'share':>8} {'epochs':>8}   of {rows:,} rows"]
+  for code in sorted(seen, key=seen.get, reverse=True):
+    share = 100 * seen[code] / total
+    epochs = seen[code] / size[code]
+    lines.append(f"{code:10} {_short(seen[code]):>10} {share:>7.2f}% {epochs:>8.2f}")
+  worn = [
+      f"{source['name']} {drawn[source['name']] / source['rows']:.1f}"
+      for source in plan["sources"]
+      if drawn[source["name"]] > MOST_EPOCHS * source["rows"]
+  ]
+  if worn:
+    lines.append(
+        f"warning: more than {MOST_EPOCHS} epochs of {len(worn)} sources: {', '.join(worn)}"
+    )
+  return lines
+
+
+def _short(tokens):
+  for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if tokens >= size:
+      return f"{tokens / size:.2f}{letter}"
+  return f"{tokens:.0f}"

@@ -1,0 +1,116 @@
+"""VERB evaluate: checkpoints in, bits per byte per language out: one JSON, one page, one table.
+
+Reads only a checkpoint's params and meta. Every validation row is counted once. Averages hide the
+languages this project exists for, so the page has one line a language, grouped by region.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from tiny_aya_jax import axes, languages, run
+from tiny_aya_jax.data import loader, tokenizer as tokenizers
+from tiny_aya_jax.evaluate import baselines, report
+from tiny_aya_jax.model import bits
+from tiny_aya_jax.model.transformer import TinyAya
+from tiny_aya_jax.train import checkpoint, metrics
+
+
+def main(config, workdir):
+  """Writes workdir/{evaluation.json, report.html} for config.checkpoints, and prints the table."""
+  if not config.rows or not config.tokenizer or not config.checkpoints:
+    raise run.Refused("evaluate needs config.rows (packed validation), config.tokenizer and "
+                      "config.checkpoints, a tuple of workdirs or checkpoint folders")
+  manifests = loader.read_manifests(config.rows)
+  tokenizer = tokenizers.load(config.tokenizer)
+  paths = [checkpoint.find(path) for path in config.checkpoints]
+  for path in paths:
+    same_tokenizer(path, checkpoint.meta(path)["tokenizer_sha256"], tokenizer)
+  same_tokenizer(config.rows, manifests[0]["tokenizer_sha256"], tokenizer)
+  mesh = axes.mesh(**config.mesh.to_dict())
+  if config.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    raise run.Refused(f"a batch of {config.batch} rows does not split over {mesh.size} devices")
+
+  columns = {}
+  for given, path in zip(config.checkpoints, paths):
+    name = pathlib.Path(given).resolve().name
+    before = _untrained(given)
+    if before and not columns:
+      columns["untrained"] = before
+    columns[name] = bits_per_byte(path, manifests, tokenizer, mesh, config)
+  result = dict(
+      checkpoints={name: str(path) for name, path in zip(config.checkpoints, paths)},
+      rows=config.rows, tokenizer_sha256=tokenizer.sha256, bytes=_bytes(manifests),
+      bits_per_byte=columns,
+      summary={name: _summary(column) for name, column in columns.items()},
+  )
+  if config.baselines.train_text:
+    codes = [code for code in _bytes(manifests)]
+    result["baselines"] = baselines.table(
+        config.baselines.train_text, config.baselines.validation_text, codes,
+        config.baselines.processes,
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  run.write_json(workdir / "evaluation.json", result)
+  (workdir / "report.html").write_text(report.page(result), encoding="utf-8")
+  run.say(report.table(result))
+  run.say(f"page: {workdir / 'report.html'}")
+
+
+def same_tokenizer(path, sha256, tokenizer):
+  """Refuses rows or a checkpoint made with another tokenizer."""
+  if sha256 != tokenizer.sha256:
+    raise run.Refused(
+        f"{path} belongs to tokenizer {sha256[:12]}, config.tokenizer is {tokenizer.sha256[:12]}"
+    )
+
+
+def bits_per_byte(path, manifests, tokenizer, mesh, config):
+  """{language: bits per byte} of one checkpoint over all rows of the manifests."""
+  params, meta = checkpoint.restore_params(path)
+  cfg = ml_collections.ConfigDict(meta["model"])
+  params = jax.device_put(params, axes.shardings(mesh, params))
+  with jax.set_mesh(mesh):
+    model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention)
+    codes = [manifest["language"] for manifest in manifests]
+    score = bits.scorer(model, tokenizer.bytes_V, len(codes), chunk=config.chunk)
+    process = (jax.process_index(), jax.process_count())
+    batches = loader.every_row_once(manifests, config.batch, process)
+    found = bits.evaluate(score, params, batches, mesh, codes)
+  return {code: entry["bits_per_byte"] for code, entry in found.items()}
+
+
+def _untrained(workdir):
+  """Bits per byte at step 0, from the training run's own metrics; None for a fork or a bare step."""
+  for row in metrics.read(pathlib.Path(workdir) / "metrics.jsonl"):
+    if "evaluation" in row and row["step"] == 0:
+      return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}
+  return None
+
+
+def _bytes(manifests):
+  """{language: validation bytes}, in the order of the languages table."""
+  found = {}
+  for manifest in manifests:
+    found[manifest["language"]] = found.get(manifest["language"], 0) + manifest["bytes"]
+  order = languages.select(("all",))
+  return {code: found[code] for code in (*order, *sorted(found.keys() - set(order))) if code in found}
+
+
+def _summary(column):
+  """Mean, the worst five and the mean of every region of one checkpoint."""
+  regions = {}
+  for code, value in column.items():
+    regions.setdefault(region(code), []).append(value)
+  worst = sorted(column, key=column.get, reverse=True)[:5]
+  return dict(
+      mean=sum(column.values()) / len(column), worst={code: column[code] for code in worst},
+      regions={name: sum(values) / len(values) for name, values in sorted(regions.items())},
+  )
+
+
+def region(code):
+  """The region of a code; 'code' is its own."""
+  return languages.find(code).region if code != "code" else "code"

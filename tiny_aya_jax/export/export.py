@@ -1,0 +1,97 @@
+"""VERB export: a checkpoint of any stage -> a Hugging Face folder that was read back and compared.
+
+The folder appears only when it is whole: weights, tokenizer, chat template, model card and
+parity.json, the proof that what was written is what was trained.
+"""
+
+import os
+import pathlib
+import shutil
+
+import jax
+import ml_collections
+import numpy as np
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import tokenizer as tokenizers
+from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.model.transformer import TinyAya, logits
+from tiny_aya_jax.train import checkpoint
+
+PROBE_TOKENS = 64
+
+
+def main(config, workdir):
+  """Writes workdir/<config.name> from config.checkpoint; refuses when the proof fails."""
+  if not config.checkpoint or not config.tokenizer:
+    raise run.Refused("export needs config.checkpoint (a workdir or a step) and config.tokenizer")
+  path, tokenizer = checkpoint.find(config.checkpoint), tokenizers.load(config.tokenizer)
+  meta = checkpoint.meta(path)
+  if meta["tokenizer_sha256"] != tokenizer.sha256:
+    raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
+                      f"{config.tokenizer} is {tokenizer.sha256[:12]}")
+  folder = pathlib.Path(workdir) / config.name
+  inputs = run.fingerprint([meta["fingerprints"]["params"], tokenizer.sha256, config.dtype])
+  if run.up_to_date(folder / "parity.json", inputs, config.overwrite):
+    run.say(f"{folder}: up to date")
+    return
+  params, meta = checkpoint.restore_params(path)
+  cfg = ml_collections.ConfigDict(meta["model"])
+  whole = folder.with_name(f".{folder.name}.new")
+  shutil.rmtree(whole, ignore_errors=True)
+  huggingface.write(whole, params, cfg, tokenizer, dtype=config.dtype)
+  parity = prove(whole, params, cfg, config.dtype)
+  run.write_json(whole / "parity.json", dict(inputs=inputs, **parity))
+  (whole / "README.md").write_text(_card(cfg, meta, parity, config), encoding="utf-8")
+  if folder.exists():
+    shutil.rmtree(folder)
+  os.replace(whole, folder)
+  run.say(f"exported {path} to {folder}: read back, logits differ by "
+          f"{parity['largest_logit_difference']:.1e} at most ({config.dtype})")
+
+
+def prove(folder, params, cfg, dtype):
+  """Reads the folder back: every tensor must equal the parameter rounded to dtype, bit for bit.
+
+  Returns {"tensors", "largest_logit_difference" (fp32, random tokens)}; refuses what differs.
+  """
+  back, cfg_back = huggingface.read(folder)
+  if cfg_back.to_dict() != cfg.to_dict():
+    raise run.Refused(f"{folder}: config.json reads back as {cfg_back.to_dict()}, not {cfg.to_dict()}")
+  rounded = jax.tree.map(
+      lambda x: np.asarray(x).astype(huggingface.DTYPES[dtype]).astype(np.float32), params
+  )
+  same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), rounded, back)
+  if not all(jax.tree.leaves(same)):
+    raise run.Refused(f"{folder}: tensors differ from the checkpoint after reading back")
+  token_BT = np.random.default_rng(0).integers(0, cfg.V, (1, PROBE_TOKENS), np.int32)
+  rows = (token_BT, np.ones_like(token_BT), np.arange(PROBE_TOKENS, dtype=np.int32)[None])
+
+  def predicted(params):
+    return np.asarray(logits(params, TinyAya(cfg).apply({"params": params}, *rows), cfg))
+
+  return dict(
+      tensors=len(huggingface.tensor_names(cfg)), dtype=dtype,
+      largest_logit_difference=float(np.abs(predicted(params) - predicted(back)).max()),
+  )
+
+
+def _card(cfg, meta, parity, config):
+  parameters = parity["tensors"]
+  return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {config.name}
+
+A Cohere2-shaped multilingual model trained with tiny_aya_jax, step {meta["step"]}: {4 * cfg.L} layers,
+width {cfg.D}, vocabulary {cfg.V:,}, context {meta["T"]}. {parameters} tensors in {config.dtype}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+```
+
+`parity.json` holds the proof made at export: every tensor read back equals the trained one.
+Tokenizer {meta["tokenizer_sha256"][:16]}.
+"""

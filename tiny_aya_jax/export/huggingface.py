@@ -1,0 +1,275 @@
+"""Cohere2 folders of Hugging Face transformers, in and out, without torch or transformers.
+
+A folder is config.json, generation_config.json, model*.safetensors (with an index when sharded)
+and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a torch Linear is
+[out, in], so every matrix is its letters flattened to two axes and transposed (tiny_aya.md 1.2).
+"""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import ml_collections
+import ml_dtypes
+import numpy as np
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import chat
+from tiny_aya_jax.model.transformer import BLOCKS
+
+# Our name in a block: (HF name in a layer, letters the torch [out, in] matrix flattens).
+LAYER = dict(
+    norm_D="input_layernorm",
+    q_DNH="self_attn.q_proj",
+    k_DKH="self_attn.k_proj",
+    v_DKH="self_attn.v_proj",
+    o_NHD="self_attn.o_proj",
+    gate_DF="mlp.gate_proj",
+    up_DF="mlp.up_proj",
+    down_FD="mlp.down_proj",
+)
+DTYPES = dict(bfloat16=ml_dtypes.bfloat16, float16=np.float16, float32=np.float32)
+SHARD_BYTES = 4 << 30  # below the 5 GB at which transformers itself shards
+
+
+def read(folder):
+  """Reads a Cohere2 folder: (params, cfg), fp32 NumPy arrays in our tree and a model ConfigDict.
+
+  Refuses what this architecture is not: other model types or layer patterns, biases, query/key
+  norms, an untied head, and missing, extra or misshapen tensors, each by name.
+  """
+  folder = pathlib.Path(folder)
+  cfg = config_in(run.read_json(folder / "config.json", "Hugging Face folder"), folder)
+  tensors = _open(folder)
+  if "lm_head.weight" in tensors:  # some writers store the tied head again
+    head, embedding = tensors.pop("lm_head.weight")(), tensors["model.embed_tokens.weight"]()
+    if not np.array_equal(head, embedding):
+      raise run.Refused(f"{folder}: lm_head.weight differs from the embedding; heads here are tied")
+  names = tensor_names(cfg)
+  missing, extra = sorted(names.keys() - tensors), sorted(tensors.keys() - names)
+  if missing or extra:
+    raise run.Refused(
+        f"{folder}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
+    )
+  leaves = {}
+  for name, (path, period) in names.items():
+    shape, value = _shape(cfg, path[-1]), tensors[name]()
+    flat = _flat(shape, path[-1])
+    if value.shape != flat:
+      raise run.Refused(f"{folder}: {name} has shape {value.shape}, config.json says {flat}")
+    value = value.astype(np.float32)
+    value = (value.T if len(flat) == 2 and path[-1] != "embedding_VD" else value).reshape(shape)
+    if period is None:
+      leaves[path] = value
+    else:
+      stacked = leaves.setdefault(path, np.empty((cfg.L, *shape), np.float32))
+      stacked[period] = value
+  return _tree(leaves), cfg
+
+
+def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=SHARD_BYTES):
+  """Writes params (our tree) and tokenizer as a Cohere2 folder; all of it, or nothing.
+
+  dtype: 'bfloat16', 'float16' or 'float32'. The folder must not exist yet. Refuses a vocabulary
+  smaller than the tokenizer's.
+  """
+  folder = pathlib.Path(folder)
+  run.choose("export dtype", dtype, DTYPES)
+  if folder.exists():
+    raise run.Refused(f"{folder} exists: remove it, or export to another folder")
+  if tokenizer.size > cfg.V:
+    raise run.Refused(f"the tokenizer has {tokenizer.size} ids, the embedding only {cfg.V} rows")
+  temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+  temporary.mkdir(parents=True)
+  try:
+    _write_tensors(temporary, params, cfg, DTYPES[dtype], shard_bytes)
+    stop_ids = sorted({tokenizer.special("<EOS_TOKEN>"), *chat.stop_ids(tokenizer)})
+    specials = dict(
+        bos_token="<BOS_TOKEN>", eos_token="<EOS_TOKEN>", pad_token="<PAD>", unk_token="<UNK>"
+    )
+    run.write_json(temporary / "config.json", config_out(cfg, tokenizer, dtype))
+    run.write_json(temporary / "generation_config.json", dict(
+        bos_token_id=tokenizer.special("<BOS_TOKEN>"), eos_token_id=stop_ids,
+        pad_token_id=tokenizer.special("<PAD>"), do_sample=True, temperature=0.3, top_p=0.95,
+    ))
+    (temporary / "tokenizer.json").write_text(tokenizer.json(), encoding="utf-8")
+    # The class that uses tokenizer.json as it is: CohereTokenizerFast rebuilds it wrongly in
+    # transformers 5 (tiny_aya.md 2.4).
+    run.write_json(temporary / "tokenizer_config.json", dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=8192,
+        clean_up_tokenization_spaces=False, **specials,
+    ))
+    run.write_json(temporary / "special_tokens_map.json", specials)
+    (temporary / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
+    os.replace(temporary, folder)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def config_in(config, folder):
+  """config.json of Cohere2 -> model ConfigDict; refuses what the architecture does not have."""
+  def refuse(what):
+    raise run.Refused(f"{folder}/config.json: {what}")
+
+  layers, pattern = config.get("num_hidden_layers"), config.get("layer_types")
+  if config.get("model_type") != "cohere2":
+    refuse(f"model_type is {config.get('model_type')!r}, expected 'cohere2'")
+  if layers % 4 or (pattern and pattern != _layer_types(layers)) or (
+      not pattern and config.get("sliding_window_pattern", 4) != 4):
+    refuse(f"{layers} layers of {pattern or config.get('sliding_window_pattern')}: expected "
+           "periods of 3 sliding_attention and 1 full_attention")
+  for field, only in dict(
+      attention_bias=False, use_qk_norm=False, use_parallel_block=True, hidden_act="silu",
+      use_embedding_sharing=True, tie_word_embeddings=True, rotary_pct=1.0, rope_scaling=None,
+      position_embedding_type="rope_gptj", use_gated_activation=True,
+  ).items():
+    if config.get(field, only) != only:
+      refuse(f"{field} is {config[field]!r}, this architecture has {only!r}")
+  rope = config.get("rope_parameters") or {}
+  if rope.get("rope_type", "default") != "default":
+    refuse(f"rope_type is {rope['rope_type']!r}, expected 'default'")
+  heads = config["num_attention_heads"]
+  return ml_collections.ConfigDict(dict(
+      D=config["hidden_size"],
+      N=heads,
+      K=config.get("num_key_value_heads") or heads,
+      H=config.get("head_dim") or config["hidden_size"] // heads,
+      F=config["intermediate_size"],
+      V=config["vocab_size"],
+      L=layers // 4,
+      window=config["sliding_window"],
+      rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
+      logit_scale=float(config.get("logit_scale", 0.0625)),  # the class's default
+      norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
+  ))
+
+
+def config_out(cfg, tokenizer, dtype):
+  """Model ConfigDict -> config.json that transformers 4.57 and 5.x read alike."""
+  return dict(
+      architectures=["Cohere2ForCausalLM"],
+      model_type="cohere2",
+      attention_bias=False,
+      attention_dropout=0.0,
+      bos_token_id=tokenizer.special("<BOS_TOKEN>"),
+      eos_token_id=tokenizer.special("<EOS_TOKEN>"),
+      pad_token_id=tokenizer.special("<PAD>"),
+      head_dim=cfg.H,
+      hidden_act="silu",
+      hidden_size=cfg.D,
+      initializer_range=0.02,
+      intermediate_size=cfg.F,
+      layer_norm_eps=cfg.norm_epsilon,
+      layer_types=_layer_types(4 * cfg.L),
+      logit_scale=cfg.logit_scale,
+      max_position_embeddings=8192,  # trained and tested length (tiny_aya.md 1.1)
+      num_attention_heads=cfg.N,
+      num_hidden_layers=4 * cfg.L,
+      num_key_value_heads=cfg.K,
+      rope_theta=cfg.rope_theta,
+      rope_parameters=dict(rope_type="default", rope_theta=cfg.rope_theta),
+      sliding_window=cfg.window,
+      tie_word_embeddings=True,
+      torch_dtype=dtype,
+      use_cache=True,
+      vocab_size=cfg.V,
+  )
+
+
+def _layer_types(layers):
+  return (["sliding_attention"] * 3 + ["full_attention"]) * (layers // 4)
+
+
+def tensor_names(cfg):
+  """{HF tensor name: (path in our tree, period or None)}, in the order of a checkpoint."""
+  names = {"model.embed_tokens.weight": (("embedding_VD",), None)}
+  for layer in range(4 * cfg.L):
+    for ours, theirs in LAYER.items():
+      path = ("periods", BLOCKS[layer % 4], ours)
+      names[f"model.layers.{layer}.{theirs}.weight"] = (path, layer // 4)
+  return names | {"model.norm.weight": (("norm_D",), None)}
+
+
+def _shape(cfg, name):
+  return tuple(getattr(cfg, letter) for letter in name.rpartition("_")[2])
+
+
+def _flat(shape, name):
+  """Our shape -> torch's: inputs are D (or N H, or F) first, and torch puts them last."""
+  if len(shape) == 1 or name == "embedding_VD":
+    return shape
+  inputs = 2 if name == "o_NHD" else 1
+  return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
+
+
+def _tree(leaves):
+  tree = {}
+  for (*parents, name), value in leaves.items():
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = value
+  return tree
+
+
+def _open(folder):
+  """{tensor name: function returning its array} over every shard; file names are plain basenames."""
+  from safetensors import safe_open
+
+  index = folder / "model.safetensors.index.json"
+  if index.exists():
+    where = run.read_json(index, "safetensors index").get("weight_map", {})
+    files = sorted(set(where.values()))
+  else:
+    files, where = ["model.safetensors"], None
+  tensors = {}
+  for name in files:
+    if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+      raise run.Refused(f"{index} names the file {name!r}: expected a plain *.safetensors name")
+    if not (folder / name).is_file():
+      raise run.Refused(f"{folder} has no {name}")
+    shard = safe_open(folder / name, framework="numpy")
+    for key in shard.keys():
+      tensors[key] = lambda shard=shard, key=key: shard.get_tensor(key)
+  if where is not None and tensors.keys() != where.keys():
+    odd = sorted(tensors.keys() ^ where.keys())
+    raise run.Refused(f"{index} and its shards disagree about {len(odd)} tensors, e.g. {odd[0]}")
+  return tensors
+
+
+def _write_tensors(folder, params, cfg, dtype, shard_bytes):
+  """model.safetensors, or model-0000x-of-0000n.safetensors and their index."""
+  from safetensors.numpy import save_file
+
+  names = tensor_names(cfg)
+  item = np.dtype(dtype).itemsize
+  sizes = {name: item * int(np.prod(_shape(cfg, path[-1]))) for name, (path, _) in names.items()}
+  shards = [[]]
+  for name in names:
+    if shards[-1] and sum(sizes[kept] for kept in shards[-1]) + sizes[name] > shard_bytes:
+      shards.append([])
+    shards[-1].append(name)
+  where = {}
+  for number, shard in enumerate(shards, 1):
+    file = "model.safetensors" if len(shards) == 1 else (
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+    tensors = {name: _tensor(params, cfg, *names[name], dtype) for name in shard}
+    save_file(tensors, folder / file, metadata=dict(format="pt"))
+    where |= dict.fromkeys(shard, file)
+  if len(shards) > 1:
+    run.write_json(folder / "model.safetensors.index.json", dict(
+        metadata=dict(total_size=sum(sizes.values())), weight_map=where))
+
+
+def _tensor(params, cfg, path, period, dtype):
+  leaf = params
+  for key in path:
+    leaf = leaf[key]
+  value = np.asarray(jax.device_get(leaf if period is None else leaf[period]), np.float32)
+  flat = _flat(_shape(cfg, path[-1]), path[-1])
+  if len(flat) == 2 and path[-1] != "embedding_VD":
+    value = value.reshape(flat[::-1]).T
+  return np.ascontiguousarray(value.astype(dtype))

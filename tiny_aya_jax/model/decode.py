@@ -1,0 +1,137 @@
+"""Cached generation, pure functions: a prompt in one pass, then one token a step.
+
+The cache is {block: {k_BSKH, v_BSKH}} with L in front. Sliding blocks keep a ring of `window`
+slots, full blocks one slot per position: position p lives in slot p % S, so the two are one code
+path. Keys are stored after rotation; the positions a ring holds follow from the newest one.
+Prompts are left-aligned; rows of different length decode together.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiny_aya_jax.model.attention import ring_positions
+from tiny_aya_jax.model.transformer import TinyAya, logits
+
+
+def generate(
+    params, cfg, prompts, *, steps, stop_ids=(), temperature=0.0, top_p=1.0, seed=0,
+    dtype=jnp.float32, banned_ids=(),
+):
+  """Continues each prompt by at most `steps` tokens.
+
+  prompts: list of non-empty lists of ids, each one document. temperature 0 is greedy, else ids are
+  drawn from the smallest set of tokens whose mass reaches top_p. stop_ids end a row and are not
+  returned; banned_ids (unused vocabulary rows) are never chosen. Returns a list of lists of ids.
+  """
+  if not prompts or not all(prompts):
+    raise ValueError("every prompt needs at least one token; give BOS to start from nothing")
+  length_B = np.array([len(prompt) for prompt in prompts])
+  token_BT = np.zeros((len(prompts), length_B.max()), np.int32)
+  for row, prompt in enumerate(prompts):
+    token_BT[row, : len(prompt)] = prompt
+  banned_V = np.zeros(cfg.V, bool)
+  banned_V[list(banned_ids)] = True
+  token_BM = _generate(
+      params, token_BT, length_B, np.array(stop_ids, np.int32), banned_V, jax.random.key(seed),
+      _Frozen(cfg), steps, float(temperature), float(top_p), jnp.dtype(dtype),
+  )
+  return [_until(row, stop_ids) for row in np.asarray(token_BM).tolist()]
+
+
+def prefill(params, cfg, token_BT, length_B, capacity, dtype=jnp.float32):
+  """Runs left-aligned prompts: (last logits [B, V], cache with `capacity` slots in full blocks)."""
+  T = token_BT.shape[1]
+  position_BT = jnp.broadcast_to(jnp.arange(T), token_BT.shape)
+  segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
+  hidden_BTD, state = TinyAya(cfg, dtype).apply(
+      {"params": params}, token_BT, segment_BT, position_BT, mutable=["cache"]
+  )
+  last_BTD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
+  cache = {
+      block: {
+          name: _ring(kept, length_B, capacity if block == "full" else min(cfg.window, capacity))
+          for name, kept in blocks.items()
+      }
+      for block, blocks in state["cache"]["periods"].items()
+  }
+  return logits(params, last_BTD, cfg)[:, 0], cache
+
+
+def step(params, cfg, cache, token_B, position_B, dtype=jnp.float32):
+  """One token per row at its own position: (logits [B, V], new cache)."""
+  hidden_BTD, state = TinyAya(cfg, dtype).apply(
+      {"params": params, "cache": {"periods": cache}},
+      token_B[:, None], jnp.ones_like(token_B)[:, None], position_B[:, None], mutable=["cache"],
+  )
+  return logits(params, hidden_BTD, cfg)[:, 0], state["cache"]["periods"]
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+def _generate(
+    params, token_BT, length_B, stop_ids, banned_V, key, frozen, steps, temperature, top_p, dtype
+):
+  cfg = frozen.cfg
+  capacity = token_BT.shape[1] + steps
+
+  def choose(logits_BV, key):
+    return _choose(jnp.where(banned_V, -jnp.inf, logits_BV), key, temperature, top_p)
+
+  def more(carry):
+    done, _, _, _, stopped_B, _ = carry
+    return (done < steps) & ~stopped_B.all()
+
+  def one(carry):
+    done, chosen_B, cache, out_BM, stopped_B, key = carry
+    out_BM = out_BM.at[:, done].set(jnp.where(stopped_B, -1, chosen_B))
+    stopped_B |= jnp.isin(chosen_B, stop_ids)
+    logits_BV, cache = step(params, cfg, cache, chosen_B, length_B + done, dtype)
+    return done + 1, choose(logits_BV, jax.random.fold_in(key, done)), cache, out_BM, stopped_B, key
+
+  logits_BV, cache = prefill(params, cfg, token_BT, length_B, capacity, dtype)
+  B = token_BT.shape[0]
+  first = (0, choose(logits_BV, jax.random.fold_in(key, steps)), cache,
+           jnp.full((B, steps), -1), jnp.zeros(B, bool), key)
+  return jax.lax.while_loop(more, one, first)[3]
+
+
+def _choose(logits_BV, key, temperature, top_p):
+  if temperature == 0:
+    return logits_BV.argmax(-1).astype(jnp.int32)
+  logits_BV = logits_BV / temperature
+  if top_p < 1:
+    order_BV = jnp.flip(jnp.argsort(logits_BV, -1), -1)
+    share_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1), -1)
+    kept_BV = jnp.cumsum(share_BV, -1) - share_BV < top_p  # mass before it: the first always stays
+    rank_BV = jnp.argsort(order_BV, -1)
+    logits_BV = jnp.where(jnp.take_along_axis(kept_BV, rank_BV, -1), logits_BV, -jnp.inf)
+  return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+
+def _ring(kept_LBTKH, length_B, slots):
+  """A prompt's keys [L, B, T, K, H] -> ring [L, B, slots, K, H]: slot s holds position p, p % slots == s."""
+  T = kept_LBTKH.shape[2]
+  position_BS = ring_positions(length_B - 1, slots)
+  source_BS = jnp.clip(position_BS, 0, T - 1)
+  return jnp.take_along_axis(kept_LBTKH, source_BS[None, :, :, None, None], axis=2)
+
+
+def _until(ids, stop_ids):
+  """The ids before the first stop id; -1 marks what was never generated."""
+  ends = [at for at, token in enumerate(ids) if token in stop_ids or token < 0]
+  return ids[: ends[0]] if ends else ids
+
+
+class _Frozen:
+  """A config as a static argument of jit: equal text, equal program."""
+
+  def __init__(self, cfg):
+    self.cfg, self.text = cfg, str(cfg)
+
+  def __hash__(self):
+    return hash(self.text)
+
+  def __eq__(self, other):
+    return self.text == other.text

@@ -1,0 +1,169 @@
+"""The one architecture: Cohere2 as Tiny Aya uses it (tiny_aya.md section 1), pure functions of a tree.
+
+L periods of four parallel blocks, h <- h + attention(norm(h)) + feed_forward(norm(h)): three with a
+sliding window and rotary positions, then one that sees everything and has no positions at all. The
+periods are stacked and scanned; the head is the embedding, transposed. Not here: the loss, the mask
+rules (attention.py), sharding rules (axes.py).
+
+`cfg` is anything with the fields D, N, K, H, F, V, L, window, rope_theta, logit_scale,
+norm_epsilon. Parameters:
+
+  embedding_VD  norm_D  periods/{sliding_0,sliding_1,sliding_2,full}/{norm_D, q_DNH, k_DKH, v_DKH,
+  o_NHD, gate_DF, up_DF, down_FD}, each with L in front.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tiny_aya_jax.axes import axis_size, shard
+from tiny_aya_jax.model.attention import attention, ring_write
+
+BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # one period: HF layers 4l .. 4l+3
+normal = nn.initializers.normal(0.02)  # SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's: unpublished
+REMAT = ("none", "full")
+
+
+class TinyAya(nn.Module):
+  """Tokens to final hidden states; `logits` or `losses` turn those into predictions.
+
+  dtype: of activations and matmuls (parameters stay fp32). backend: of attention. remat: 'full'
+  recomputes each block in the backward pass from its input. unroll: periods per scan step.
+  """
+
+  cfg: Any
+  dtype: Any = jnp.float32
+  backend: str = "reference"
+  remat: str = "none"
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(self, token_BT, segment_BT, position_BT):
+    """Returns hidden_BTD after the final norm, in dtype.
+
+    token_BT, segment_BT (0 is padding), position_BT (restarts per segment): int32. With the
+    collection "cache" mutable, keys and values are kept there and read from there (decode.py).
+    """
+    embedding_VD = weight(self, "embedding_VD")
+    # Looked up while D is sharded, XLA would rematerialise the batch: gather the table first.
+    table_VD = shard(jnp.asarray(embedding_VD, self.dtype), "VD")
+    x_BTD = shard(table_VD[token_BT], "BTD")
+    periods = nn.scan(
+        Period, variable_axes=dict(params=0, cache=0), split_rngs=dict(params=True),
+        in_axes=(nn.broadcast, nn.broadcast), length=self.cfg.L, unroll=self.unroll,
+    )(self.cfg, self.dtype, self.backend, self.remat, name="periods")
+    x_BTD, _ = periods(x_BTD, segment_BT, position_BT)
+    return layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), self.cfg)
+
+
+class Period(nn.Module):
+  """Four blocks: three sliding, one full."""
+
+  cfg: Any
+  dtype: Any
+  backend: str
+  remat: str
+
+  @nn.compact
+  def __call__(self, x_BTD, segment_BT, position_BT):
+    block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+    for name in BLOCKS:
+      window = None if name == "full" else self.cfg.window
+      x_BTD = block(self.cfg, self.dtype, self.backend, window, name=name)(
+          x_BTD, segment_BT, position_BT
+      )
+    return x_BTD, None
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)) + feed_forward(norm(x)); `window` None is the full, position-free kind."""
+
+  cfg: Any
+  dtype: Any
+  backend: str
+  window: Any
+
+  @nn.compact
+  def __call__(self, x_BTD, segment_BT, position_BT):
+    cfg = self.cfg
+    weights = {name: weight(self, name).astype(self.dtype) for name in (
+        "q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD")}
+    y_BTD = layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), cfg)
+
+    q_BTNH = project(y_BTD, weights["q_DNH"], "BTD,DNH->BTNH")
+    k_BTKH = project(y_BTD, weights["k_DKH"], "BTD,DKH->BTKH")
+    v_BTKH = project(y_BTD, weights["v_DKH"], "BTD,DKH->BTKH")
+    if self.window is not None:
+      q_BTNH = rotate(q_BTNH, position_BT, cfg.rope_theta)
+      k_BTKH = rotate(k_BTKH, position_BT, cfg.rope_theta)
+    keys = dict(k_BSKH=k_BTKH, v_BSKH=v_BTKH)
+    if self.is_mutable_collection("cache"):
+      if self.has_variable("cache", "k_BSKH"):  # one more token; before, a whole prompt
+        keys = ring_write(
+            self.get_variable("cache", "k_BSKH"), self.get_variable("cache", "v_BSKH"),
+            k_BTKH, v_BTKH, position_BT,
+        )
+      for name in ("k_BSKH", "v_BSKH"):
+        self.put_variable("cache", name, keys[name])
+    a_BTNH = attention(
+        q_BTNH, **keys, segment_BT=segment_BT, position_BT=position_BT, window=self.window,
+        backend=self.backend,
+    )
+    a_BTD = project(a_BTNH, weights["o_NHD"], "BTNH,NHD->BTD")
+
+    gate_BTF = project(y_BTD, weights["gate_DF"], "BTD,DF->BTF")
+    up_BTF = project(y_BTD, weights["up_DF"], "BTD,DF->BTF")
+    f_BTD = project(jax.nn.silu(gate_BTF) * up_BTF, weights["down_FD"], "BTF,FD->BTD")
+    return shard(x_BTD + a_BTD + f_BTD, "BTD")
+
+
+def logits(params, hidden_BTD, cfg):
+  """Next-token logits [B, T, V] in fp32, by the tied head and its scale."""
+  head_VD = params["embedding_VD"].astype(hidden_BTD.dtype)
+  logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+  return logits_BTV * cfg.logit_scale
+
+
+def weight(module, name, init=normal):
+  """A parameter whose name is its shape: weight(self, "q_DNH") is [D, N, H], fp32."""
+  letters = name.rpartition("_")[2]
+  return module.param(name, init, tuple(getattr(module.cfg, letter) for letter in letters))
+
+
+def layer_norm(x_BTD, norm_D, cfg):
+  """Mean-subtracting, bias-free LayerNorm with biased variance, in fp32; keeps x's dtype."""
+  x32_BTD = x_BTD.astype(jnp.float32)
+  x32_BTD -= x32_BTD.mean(-1, keepdims=True)
+  scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), -1, keepdims=True) + cfg.norm_epsilon)
+  return (x32_BTD * scale * norm_D).astype(x_BTD.dtype)
+
+
+def project(x, weight, letters):
+  """einsum(letters, x, weight) for x = B T c.. and weight = c.. r..: a matmul over the width.
+
+  Tokens are flattened to one axis when T is not sharded: a contraction over two axes (every
+  weight gradient of a [B, T, D] einsum) runs at half speed on CPU (performance.md 1.8).
+  """
+  inputs, result = letters.split("->")
+  contracted = len(inputs.split(",")[0]) - 2
+  if axis_size("context") > 1:
+    out = jnp.einsum(letters, x, weight)
+  else:
+    width = math.prod(weight.shape[:contracted])
+    flat = x.reshape(-1, width) @ weight.reshape(width, -1)
+    out = flat.reshape(*x.shape[:2], *weight.shape[contracted:])
+  return shard(out, result)
+
+
+def rotate(x_BTNH, position_BT, theta):
+  """Interleaved rotary positions (GPT-J pairs): (x[2i], x[2i+1]) turned by position * theta^(-2i/H)."""
+  H = x_BTNH.shape[-1]
+  angle = position_BT[:, :, None, None] * theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+  cosine, sine = jnp.cos(angle), jnp.sin(angle)
+  pair = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], H // 2, 2)
+  even, odd = pair[..., 0], pair[..., 1]
+  turned = jnp.stack([even * cosine - odd * sine, odd * cosine + even * sine], axis=-1)
+  return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

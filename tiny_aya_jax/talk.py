@@ -1,0 +1,49 @@
+"""VERB talk: chat with a checkpoint in the terminal; with config.prompt, answer once and exit."""
+
+import jax.numpy as jnp
+import ml_collections
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import chat, tokenizer as tokenizers
+from tiny_aya_jax.model import decode
+from tiny_aya_jax.train import checkpoint
+
+
+def main(config, workdir):
+  """Reads config.checkpoint's params and meta; a line is a turn, an empty line starts over."""
+  if not config.checkpoint or not config.tokenizer:
+    raise run.Refused("talk needs config.checkpoint (a workdir or a step) and config.tokenizer")
+  path, tokenizer = checkpoint.find(config.checkpoint), tokenizers.load(config.tokenizer)
+  params, meta = checkpoint.restore_params(path)
+  if meta["tokenizer_sha256"] != tokenizer.sha256:
+    raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
+                      f"{config.tokenizer} is {tokenizer.sha256[:12]}")
+  cfg = ml_collections.ConfigDict(meta["model"])
+  if config.prompt:
+    print(answer(params, cfg, tokenizer, [dict(role="user", content=config.prompt)], config))
+    return
+  messages = []
+  while True:
+    try:
+      line = input("you: ")
+    except EOFError:
+      return
+    if not line:
+      messages = []
+      continue
+    messages.append(dict(role="user", content=line))
+    messages.append(dict(
+        role="assistant", content=answer(params, cfg, tokenizer, messages, config)))
+    print(f"model: {messages[-1]['content']}")
+
+
+def answer(params, cfg, tokenizer, messages, config):
+  """The model's next turn as text."""
+  ids = chat.prompt(tokenizer, messages)
+  specials = [id for name, id in tokenizers.SPECIALS.items() if id not in chat.stop_ids(tokenizer)]
+  (reply,) = decode.generate(
+      params, cfg, [ids], steps=config.tokens, stop_ids=chat.stop_ids(tokenizer),
+      temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+      dtype=jnp.dtype(config.dtype), banned_ids=[*specials, *range(tokenizer.size, cfg.V)],
+  )
+  return tokenizer.decode(reply)

@@ -1,0 +1,192 @@
+"""Checkpoints that prove themselves: Orbax behind four functions, one folder a step.
+
+workdir/checkpoints/<step>/{params, optimizer, data, meta}: two trees of arrays, two of JSON. Orbax
+commits by renaming, so a folder named by digits is whole; it does not notice a flipped bit, so
+`meta` holds a fingerprint of every array, computed under jit on the sharded arrays and the same on
+any mesh, and `restore` compares (ecosystem.md D.1). No other file imports Orbax.
+"""
+
+import pathlib
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from tiny_aya_jax import run
+
+TREES = ("params", "optimizer")
+# Restoring NumPy arrays reads no sharding file; Orbax warns about it all the same.
+warnings.filterwarnings("ignore", message="Sharding info not provided")
+
+
+def save(workdir, step, items, *, keep):
+  """Writes items {params, optimizer, data, meta} as `step`, then deletes all but the newest `keep`.
+
+  Blocks until the checkpoint is committed. `meta` gains "step" and "fingerprints".
+  """
+  folder = pathlib.Path(workdir).absolute() / "checkpoints"
+  prints = {name: fingerprints(items[name]) for name in TREES if name in items}
+  items = items | dict(meta=items["meta"] | dict(step=step, fingerprints=prints))
+  with _context():
+    ocp.save_checkpointables(folder / str(step), items, overwrite=True)
+  if jax.process_index() == 0:
+    for old in steps(workdir)[:-keep]:
+      shutil.rmtree(folder / str(old))
+
+
+def steps(workdir):
+  """The committed steps of a workdir, ascending."""
+  folder = pathlib.Path(workdir) / "checkpoints"
+  found = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+  return sorted(int(name) for name in found)
+
+
+def find(path):
+  """A workdir (its newest step) or a checkpoint folder itself -> the checkpoint's folder."""
+  path = pathlib.Path(path).absolute()
+  if (path / "params").is_dir() and (path / "meta").is_dir():
+    return path
+  found = steps(path)
+  if not found:
+    raise run.Refused(f"{path} is no checkpoint and holds none under checkpoints/")
+  return path / "checkpoints" / str(found[-1])
+
+
+def meta(path):
+  """The JSON facts of a checkpoint: step, model, tokenizer_sha256, fingerprints, ..."""
+  return _load(path, dict(meta=None))["meta"]
+
+
+def restore_data(path):
+  """The data state of a checkpoint: {"step", "seed", "plan_sha256", "plan", "batch"}."""
+  return _load(path, dict(data=None))["data"]
+
+
+def restore(path, abstract, names=TREES):
+  """Reads the trees in `names`, and data and meta, verified against their fingerprints.
+
+  abstract: {name: tree of jax.ShapeDtypeStruct, with shardings to read straight into shards}.
+  Refuses other paths, shapes or dtypes than the checkpoint holds (nothing is cast silently), and
+  arrays that are not what was saved.
+  """
+  path, facts = find(path), meta(path)
+  present = {"data"} if (find(path) / "data").exists() else set()
+  for name in names:
+    _compare(path, name, abstract[name], facts)
+  items = _load(path, {name: abstract[name] for name in names} | dict.fromkeys(present | {"meta"}))
+  for name in names:
+    _check(path, name, items[name], facts)
+  return items
+
+
+def restore_params(path):
+  """(params as fp32 NumPy arrays, meta) of a checkpoint: all that later stages read."""
+  path = find(path)
+  with _context():
+    described = ocp.checkpointables_metadata(path).metadata["params"]
+  abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_here()), described
+  )
+  items = restore(path, dict(params=abstract), names=("params",))
+  return items["params"], items["meta"]
+
+
+def verify(path):
+  """Reads every array of a checkpoint and compares fingerprints; returns how many were right."""
+  path = find(path)
+  facts = meta(path)
+  with _context():
+    described = ocp.checkpointables_metadata(path).metadata
+  right = 0
+  for name, prints in facts["fingerprints"].items():
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_here()),
+        described[name],
+    )
+    tree = _load(path, {name: abstract})[name]
+    _check(path, name, tree, facts)
+    right += len(prints)
+  return right
+
+
+def fingerprints(tree):
+  """{path: 8 hex digits} of every array: equal on every mesh, different after any one bit flip."""
+  found = _fingerprints(tree)
+  return {
+      _name(path): f"{int(value):08x}"
+      for path, value in jax.tree_util.tree_leaves_with_path(jax.device_get(found))
+  }
+
+
+@jax.jit
+def _fingerprints(tree):
+  # One program: many small ones with collectives starve each other on simulated CPU devices.
+  return jax.tree.map(_fingerprint, tree)
+
+
+def _fingerprint(x):
+  """Sum over elements of mixed (bits, index), modulo 2^32; integer sums do not depend on order."""
+  width = x.dtype.itemsize * 8
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+  index = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  # An odd factor per element: a flipped bit changes its own term, and never cancels itself.
+  factor = (index * jnp.uint32(0x9E3779B9) ^ (index >> 15) * jnp.uint32(0x85EBCA6B)) | jnp.uint32(1)
+  return jnp.sum(bits * factor, dtype=jnp.uint32)
+
+
+def _compare(path, name, abstract, facts):
+  with _context():
+    described = ocp.checkpointables_metadata(path).metadata[name]
+  saved = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
+  wanted = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+  if odd := sorted(saved.keys() ^ wanted.keys()):
+    raise run.Refused(f"{path}: {name} differs from this run's in {len(odd)} arrays, e.g. {odd[0]}")
+  for key, leaf in wanted.items():
+    if (saved[key].shape, saved[key].dtype) != (leaf.shape, leaf.dtype):
+      raise run.Refused(
+          f"{path}: {name} {key} is {saved[key].dtype}{list(saved[key].shape)}, "
+          f"this run's is {leaf.dtype}{list(leaf.shape)}"
+      )
+
+
+def _check(path, name, tree, facts):
+  found, saved = fingerprints(tree), facts["fingerprints"][name]
+  wrong = sorted(key for key in found if found[key] != saved.get(key))
+  if wrong:
+    raise run.Refused(
+        f"{path}: {len(wrong)} of {len(found)} arrays of {name} are not what was saved, e.g. "
+        f"{wrong[0]}: the files are damaged; use an older step"
+    )
+
+
+def _load(path, abstract):
+  try:
+    with _context():
+      return ocp.load_checkpointables(find(path), abstract)
+  except (OSError, ValueError, KeyError) as error:
+    raise run.Refused(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _name(path):
+  """One name for a leaf, whether its parents are tuples or the lists Orbax describes them as."""
+  keys = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+  return "/".join(str(key) for key in keys)
+
+
+def _here():
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _context():
+  """Orbax with `data` and `meta` as JSON files, not as trees of scalar arrays."""
+  registry = ocp.handlers.local_registry(include_global_registry=True)
+  for name in ("data", "meta"):
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  return context

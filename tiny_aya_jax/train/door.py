@@ -1,0 +1,105 @@
+"""What `train` refuses before jax is imported: a wrong run costs a second, not a compile.
+
+Checks the config against itself and against the rows' manifests and the tokenizer. What needs the
+devices (how many there are) is refused by axes.mesh, before anything is compiled.
+"""
+
+import pathlib
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import loader, mixture, show, tokenizer as tokenizers
+
+MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale", "norm_epsilon")
+REMAT = ("none", "full")
+BACKENDS = ("reference", "chunked")
+DTYPES = ("float32", "bfloat16")
+
+
+def main(config, workdir):
+  """The verb: checks, shows rows if config.show asks for them, else trains."""
+  plan, validation, tokenizer = check(config)
+  if config.show:
+    batch = loader.Loader(plan, config.data.seed, config.show)[0]
+    names = [source["name"] for source in plan["sources"]]
+    print(show.rows(batch, tokenizer, names, config.show))
+    return run.EXIT["done"]
+  from tiny_aya_jax.train import train  # imports jax
+
+  return train.main(config, workdir, plan, validation, tokenizer)
+
+
+def check(config):
+  """Returns (plan, validation manifests or [], tokenizer); raises Refused for anything wrong."""
+  _fields(config)
+  _sizes(config)
+  manifests = loader.read_manifests(config.data.rows)
+  tokenizer = tokenizers.load(config.tokenizer)
+  validation = loader.read_manifests(config.data.validation) if config.data.validation else []
+  for folder, found in ((config.data.rows, manifests), (config.data.validation, validation)):
+    for manifest in found[:1]:  # read_manifests refuses mixtures of T or tokenizer
+      if manifest["T"] != config.data.T:
+        raise run.Refused(
+            f"{folder} holds rows of T={manifest['T']}, config.data.T is {config.data.T}: "
+            "pack again, or set config.data.T"
+        )
+      if manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise run.Refused(
+            f"{folder} was packed with tokenizer {manifest['tokenizer_sha256'][:12]}, "
+            f"{config.tokenizer} is {tokenizer.sha256[:12]}"
+        )
+  if tokenizer.size > config.model.V:
+    raise run.Refused(
+        f"{config.tokenizer} has {tokenizer.size} ids, config.model.V only {config.model.V} rows"
+    )
+  return plan(config, manifests), validation, tokenizer
+
+
+def plan(config, manifests):
+  """The run's plan: config.data.plan, a file, or the rule of config.data.mixture over the rows."""
+  if config.data.plan:
+    return run.read_json(config.data.plan, "config.data.plan")
+  return mixture.plan(manifests, config.data.mixture.to_dict())
+
+
+def _fields(config):
+  run.choose("config.remat", config.remat, REMAT)
+  run.choose("config.attention", config.attention, BACKENDS)
+  run.choose("config.dtype", config.dtype, DTYPES)
+  run.choose("config.schedule.shape", config.schedule.shape, ("wsd", "cosine", "linear"))
+  run.choose("config.init_what", config.init_what, ("params", "state"))
+  if not config.data.rows:
+    raise run.Refused("config.data.rows is not set: give the folder of packed rows")
+  if not config.tokenizer:
+    raise run.Refused("config.tokenizer is not set: give tokenizer.model or tokenizer.json")
+  for name in ("steps", "accumulate", "save_every", "evaluate_every", "log_every", "keep"):
+    if config[name] < 1:
+      raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
+  if config.init_from and not pathlib.Path(config.init_from).exists():
+    raise run.Refused(f"config.init_from: {config.init_from} does not exist")
+  warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+  if warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
+    raise run.Refused(
+        f"schedule: {warm} warm-up and {decay} decay steps do not fit into {config.steps} steps"
+    )
+
+
+def _sizes(config):
+  model, mesh, batch = config.model, config.mesh, config.data.batch
+  for name in MODEL:
+    if model[name] <= 0:
+      raise run.Refused(f"config.model.{name} is {model[name]}, expected more than 0")
+  if model.N % model.K:
+    raise run.Refused(f"{model.N} query heads (N) do not share {model.K} key heads (K) evenly")
+  if model.H % 2:
+    raise run.Refused(f"head width H={model.H} is odd; rotary positions turn pairs")
+  for letter in "KNFV":
+    if mesh.tensor > 1 and model[letter] % mesh.tensor:
+      raise run.Refused(
+          f"config.mesh.tensor={mesh.tensor} does not divide {letter}={model[letter]}"
+      )
+  if batch % config.accumulate:
+    raise run.Refused(
+        f"a batch of {batch} rows does not split into {config.accumulate} accumulated parts"
+    )
+  if mesh.context > 1 and config.data.T % mesh.context:
+    raise run.Refused(f"config.mesh.context={mesh.context} does not divide T={config.data.T}")

@@ -1,0 +1,81 @@
+"""metrics.jsonl, and TensorBoard when tensorboardX is installed: one JSON object a line.
+
+Readers meet each step once: on resume, lines at or after the restored step are dropped, and a line
+torn by a crash with them. Process 0 writes. NaN and infinity are written as null.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+import jax
+
+from tiny_aya_jax import run
+
+
+class Writer:
+  """write({"step": 3, "loss": 2.5, "languages": {...}}): appended and flushed at once."""
+
+  def __init__(self, workdir, first_step):
+    self.board = self.file = None
+    if jax.process_index():
+      return
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    kept = [row for row in read(path) if row["step"] <= first_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    self.file = open(path, "a", encoding="utf-8")
+    try:
+      import tensorboardX
+
+      self.board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"),
+                                              purge_step=first_step)
+    except ImportError:
+      pass
+    run.say(f"metrics: {path}, TensorBoard", "on" if self.board else "off (no tensorboardX)")
+
+  def write(self, row):
+    """Appends one row; every number in it, nested or not, goes to TensorBoard too."""
+    if self.file is None:
+      return
+    self.file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+    self.file.flush()
+    if self.board:
+      for name, value in _scalars(row):
+        self.board.add_scalar(name, value, row["step"])
+
+  def close(self):
+    """Flushes to disk."""
+    if self.file is not None:
+      os.fsync(self.file.fileno())
+      self.file.close()
+    if self.board:
+      self.board.close()
+
+
+def read(path):
+  """The rows of a metrics.jsonl; a torn last line is left out."""
+  rows = []
+  if pathlib.Path(path).exists():
+    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return rows
+
+
+def _finite(value):
+  if isinstance(value, dict):
+    return {key: _finite(part) for key, part in value.items()}
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(row, prefix=""):
+  for key, value in row.items():
+    if isinstance(value, dict):
+      yield from _scalars(value, f"{prefix}{key}/")
+    elif isinstance(value, (int, float)) and key != "step":
+      yield f"{prefix}{key}", value
