@@ -50,8 +50,9 @@ def test_cached_logits_equal_the_full_forward_at_every_step(cfg, params, prompts
   token_BT = np.zeros((len(prompts), max(LENGTHS)), np.int32)
   for row, prompt in enumerate(prompts):
     token_BT[row, : len(prompt)] = prompt
-  step = jax.jit(lambda *cache_token_position: decode.step(params, cfg, *cache_token_position))
-  logits_BV, cache = decode.prefill(params, cfg, token_BT, length_B, max(LENGTHS) + STEPS)
+  step = jax.jit(lambda *rest: decode.step(params, cfg, *rest))
+  prefill = jax.jit(lambda *rest: decode.prefill(params, cfg, *rest, max(LENGTHS) + STEPS))
+  logits_BV, cache = prefill(token_BT, length_B)
   for done in range(STEPS):
     expected_BV = logits_BTV[np.arange(len(rows)), length_B + done - 1]
     np.testing.assert_allclose(logits_BV, expected_BV, atol=2e-4)

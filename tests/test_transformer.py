@@ -71,7 +71,7 @@ def test_the_mesh_changes_nothing(cfg, params, batch, plain, sizes, backend):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(remat="full"), dict(unroll=2), dict(backend="chunked", remat="full"), dict(chunk=1),
+    dict(remat="full"), dict(unroll=2), dict(backend="chunked", remat="full"),
     dict(chunk=7),
 ], ids=str)
 def test_remat_unroll_and_chunking_change_nothing(cfg, params, batch, plain, settings):

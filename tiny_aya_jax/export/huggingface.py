@@ -114,9 +114,13 @@ def config_in(config, folder):
   def refuse(what):
     raise run.Refused(f"{folder}/config.json: {what}")
 
-  layers, pattern = config.get("num_hidden_layers"), config.get("layer_types")
   if config.get("model_type") != "cohere2":
     refuse(f"model_type is {config.get('model_type')!r}, expected 'cohere2'")
+  for field in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+                "num_hidden_layers", "sliding_window"):
+    if not isinstance(config.get(field), int):
+      refuse(f"{field} is {config.get(field)!r}, expected a whole number")
+  layers, pattern = config["num_hidden_layers"], config.get("layer_types")
   if layers % 4 or (pattern and pattern != _layer_types(layers)) or (
       not pattern and config.get("sliding_window_pattern", 4) != 4):
     refuse(f"{layers} layers of {pattern or config.get('sliding_window_pattern')}: expected "
@@ -217,7 +221,7 @@ def _tree(leaves):
 
 def _open(folder):
   """{tensor name: function returning its array} over every shard; file names are plain basenames."""
-  from safetensors import safe_open
+  from safetensors import SafetensorError, safe_open
 
   index = folder / "model.safetensors.index.json"
   if index.exists():
@@ -231,7 +235,10 @@ def _open(folder):
       raise run.Refused(f"{index} names the file {name!r}: expected a plain *.safetensors name")
     if not (folder / name).is_file():
       raise run.Refused(f"{folder} has no {name}")
-    shard = safe_open(folder / name, framework="numpy")
+    try:
+      shard = safe_open(folder / name, framework="numpy")
+    except SafetensorError as error:
+      raise run.Refused(f"{folder / name} is not a whole safetensors file ({error})") from None
     for key in shard.keys():
       tensors[key] = lambda shard=shard, key=key: shard.get_tensor(key)
   if where is not None and tensors.keys() != where.keys():
@@ -269,7 +276,10 @@ def _tensor(params, cfg, path, period, dtype):
   for key in path:
     leaf = leaf[key]
   value = np.asarray(jax.device_get(leaf if period is None else leaf[period]), np.float32)
-  flat = _flat(_shape(cfg, path[-1]), path[-1])
+  shape = _shape(cfg, path[-1])
+  if value.shape != shape:
+    raise run.Refused(f"{'/'.join(path)} has shape {value.shape}, the model config says {shape}")
+  flat = _flat(shape, path[-1])
   if len(flat) == 2 and path[-1] != "embedding_VD":
     value = value.reshape(flat[::-1]).T
   return np.ascontiguousarray(value.astype(dtype))

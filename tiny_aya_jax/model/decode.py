@@ -29,16 +29,16 @@ def generate(
   if not prompts or not all(prompts):
     raise ValueError("every prompt needs at least one token; give BOS to start from nothing")
   length_B = np.array([len(prompt) for prompt in prompts])
-  token_BT = np.zeros((len(prompts), length_B.max()), np.int32)
+  prompt_BS = np.zeros((len(prompts), length_B.max()), np.int32)
   for row, prompt in enumerate(prompts):
-    token_BT[row, : len(prompt)] = prompt
+    prompt_BS[row, : len(prompt)] = prompt
   banned_V = np.zeros(cfg.V, bool)
   banned_V[list(banned_ids)] = True
-  token_BM = _generate(
-      params, token_BT, length_B, np.array(stop_ids, np.int32), banned_V, jax.random.key(seed),
+  token_BT = _generate(
+      params, prompt_BS, length_B, np.array(stop_ids, np.int32), banned_V, jax.random.key(seed),
       _Frozen(cfg), steps, float(temperature), float(top_p), jnp.dtype(dtype),
   )
-  return [_until(row, stop_ids) for row in np.asarray(token_BM).tolist()]
+  return [_until(row, stop_ids) for row in np.asarray(token_BT).tolist()]
 
 
 def prefill(params, cfg, token_BT, length_B, capacity, dtype=jnp.float32):
@@ -49,7 +49,7 @@ def prefill(params, cfg, token_BT, length_B, capacity, dtype=jnp.float32):
   hidden_BTD, state = TinyAya(cfg, dtype).apply(
       {"params": params}, token_BT, segment_BT, position_BT, mutable=["cache"]
   )
-  last_BTD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
+  last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
   cache = {
       block: {
           name: _ring(kept, length_B, capacity if block == "full" else min(cfg.window, capacity))
@@ -57,7 +57,7 @@ def prefill(params, cfg, token_BT, length_B, capacity, dtype=jnp.float32):
       }
       for block, blocks in state["cache"]["periods"].items()
   }
-  return logits(params, last_BTD, cfg)[:, 0], cache
+  return logits(params, last_BD[:, None], cfg)[:, 0], cache
 
 
 def step(params, cfg, cache, token_B, position_B, dtype=jnp.float32):
@@ -71,10 +71,10 @@ def step(params, cfg, cache, token_B, position_B, dtype=jnp.float32):
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _generate(
-    params, token_BT, length_B, stop_ids, banned_V, key, frozen, steps, temperature, top_p, dtype
+    params, prompt_BS, length_B, stop_ids, banned_V, key, frozen, steps, temperature, top_p, dtype
 ):
   cfg = frozen.cfg
-  capacity = token_BT.shape[1] + steps
+  capacity = prompt_BS.shape[1] + steps
 
   def choose(logits_BV, key):
     return _choose(jnp.where(banned_V, -jnp.inf, logits_BV), key, temperature, top_p)
@@ -84,14 +84,14 @@ def _generate(
     return (done < steps) & ~stopped_B.all()
 
   def one(carry):
-    done, chosen_B, cache, out_BM, stopped_B, key = carry
-    out_BM = out_BM.at[:, done].set(jnp.where(stopped_B, -1, chosen_B))
+    done, chosen_B, cache, out_BT, stopped_B, key = carry
+    out_BT = out_BT.at[:, done].set(jnp.where(stopped_B, -1, chosen_B))
     stopped_B |= jnp.isin(chosen_B, stop_ids)
     logits_BV, cache = step(params, cfg, cache, chosen_B, length_B + done, dtype)
-    return done + 1, choose(logits_BV, jax.random.fold_in(key, done)), cache, out_BM, stopped_B, key
+    return done + 1, choose(logits_BV, jax.random.fold_in(key, done)), cache, out_BT, stopped_B, key
 
-  logits_BV, cache = prefill(params, cfg, token_BT, length_B, capacity, dtype)
-  B = token_BT.shape[0]
+  logits_BV, cache = prefill(params, cfg, prompt_BS, length_B, capacity, dtype)
+  B = prompt_BS.shape[0]
   first = (0, choose(logits_BV, jax.random.fold_in(key, steps)), cache,
            jnp.full((B, steps), -1), jnp.zeros(B, bool), key)
   return jax.lax.while_loop(more, one, first)[3]
