@@ -16,8 +16,11 @@ import time
 
 # A compile-only client: no metadata server, no chip, no lock against other processes.
 os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_LOG_DIR="disabled", TPU_WORKER_HOSTNAMES="localhost",
+  JAX_PLATFORMS="cpu",
+  TPU_SKIP_MDS_QUERY="1",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  TPU_LOG_DIR="disabled",
+  TPU_WORKER_HOSTNAMES="localhost",
 )
 
 import importlib.metadata
@@ -33,18 +36,27 @@ from tiny_aya_jax.model import transformer
 
 # tiny-aya-global's config.json (tiny_aya.md 1.1)
 MODEL = dict(
-    D=2048, N=16, K=4, H=128, F=11008, V=262144, L=9, window=4096, rope_theta=50000.0,
-    logit_scale=1.0, norm_epsilon=1e-5,
+  D=2048,
+  N=16,
+  K=4,
+  H=128,
+  F=11008,
+  V=262144,
+  L=9,
+  window=4096,
+  rope_theta=50000.0,
+  logit_scale=1.0,
+  norm_epsilon=1e-5,
 )
-COLLECTIVES = r"= \S.*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+COLLECTIVES = (
+  r"= \S.*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 GIB = 2**30
 
 
 def main():
   asked = parse()
-  topology = topologies.get_topology_desc(
-      asked.topology, "tpu", chips_per_host_bounds=(2, 2, 1)
-  )
+  topology = topologies.get_topology_desc(asked.topology, "tpu", chips_per_host_bounds=(2, 2, 1))
   mesh = axes.mesh(fsdp=-1, devices=topology.devices)
   for package in ("jax", "jaxlib", "libtpu", "flax"):
     print(package, importlib.metadata.version(package))
@@ -76,11 +88,12 @@ def lower(mesh, B, T):
   rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
   token_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
   params = jax.eval_shape(  # the key inside: these devices cannot run anything
-      lambda *batch: model.init(jax.random.key(0), *batch), token_BT, token_BT, token_BT
+    lambda *batch: model.init(jax.random.key(0), *batch), token_BT, token_BT, token_BT
   )["params"]
   params = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      params, axes.shardings(mesh, params),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    params,
+    axes.shardings(mesh, params),
   )
   print("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}", "tokens", (B, T))
 
@@ -94,9 +107,9 @@ def lower(mesh, B, T):
 def report(compiled):
   memory = compiled.memory_analysis()
   print(
-      f"a chip holds {memory.argument_size_in_bytes / GIB:.2f} GiB of arguments, "
-      f"{memory.temp_size_in_bytes / GIB:.2f} GiB of temporaries, "
-      f"peak {memory.peak_memory_in_bytes / GIB:.2f} GiB"
+    f"a chip holds {memory.argument_size_in_bytes / GIB:.2f} GiB of arguments, "
+    f"{memory.temp_size_in_bytes / GIB:.2f} GiB of temporaries, "
+    f"peak {memory.peak_memory_in_bytes / GIB:.2f} GiB"
   )
   output = jax.tree.leaves(compiled.out_info)[0]
   print("hidden_BTD", output.shape, output.dtype, compiled.output_shardings.spec)

@@ -31,7 +31,7 @@ DOCUMENTS = ((7, 13), (20,), (1, 2, 9), (11, 6, 3), (19,), (5, 5, 5, 5), (12, 8)
 def cfg():
   """A model config; small and odd."""
   return ml_collections.ConfigDict(
-      dict(**SIZES, window=5, rope_theta=50000.0, logit_scale=0.7, norm_epsilon=1e-5)
+    dict(**SIZES, window=5, rope_theta=50000.0, logit_scale=0.7, norm_epsilon=1e-5)
   )
 
 
@@ -72,16 +72,16 @@ def random_batch(V, documents, T, seed):
   token_BT = random.integers(0, V, shape, dtype=np.int32)
   segment_BT, position_BT = packed(documents, T)
   return dict(
-      token_BT=token_BT,
-      target_BT=random.integers(0, V, shape, dtype=np.int32),
-      segment_BT=segment_BT,
-      position_BT=position_BT,
-      weight_BT=((segment_BT > 0) & (random.random(shape) < 0.8)).astype(np.float32),
+    token_BT=token_BT,
+    target_BT=random.integers(0, V, shape, dtype=np.int32),
+    segment_BT=segment_BT,
+    position_BT=position_BT,
+    weight_BT=((segment_BT > 0) & (random.random(shape) < 0.8)).astype(np.float32),
   )
 
 
 def packed(documents, T):
-  """Document lengths per row -> (segment_BT, position_BT), int32; what is left over is segment 0."""
+  """Document lengths per row -> (segment_BT, position_BT), int32; the rest is segment 0."""
   segment_BT = np.zeros((len(documents), T), np.int32)
   position_BT = np.zeros((len(documents), T), np.int32)
   for row, lengths in enumerate(documents):

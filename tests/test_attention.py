@@ -1,4 +1,4 @@
-"""attention: every backend against a slow loop, windows counted, documents and the future unseen."""
+"""attention: every backend against a slow loop; windows counted, the future unseen."""
 
 import functools
 
@@ -32,7 +32,7 @@ def heads(T=T, seed=0, dtype=jnp.float32, scale=1.0):
 def attend(q, k, v, documents, window, backend):
   segment_BT, position_BT = packed(documents, q.shape[1])
   return attention.attention(
-      q, k, v, segment_BT=segment_BT, position_BT=position_BT, window=window, backend=backend
+    q, k, v, segment_BT=segment_BT, position_BT=position_BT, window=window, backend=backend
   )
 
 
@@ -71,7 +71,9 @@ def test_query_heads_share_key_heads_in_order(heads_per_key):
   np.testing.assert_allclose(out, loop(q, k, v, PACKED, 5), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [T, 16, 5], ids=["not a multiple", "a multiple", "below a chunk"])
+@pytest.mark.parametrize(
+  "length", [T, 16, 5], ids=["not a multiple", "a multiple", "below a chunk"]
+)
 @pytest.mark.parametrize("window", [None, 5, 9])
 def test_chunked_equals_reference_forward_and_gradient(window, length):
   inputs = heads(length)
@@ -83,7 +85,10 @@ def test_chunked_equals_reference_forward_and_gradient(window, length):
     return jnp.sum(out * direction), out
 
   graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
-  (d_reference, reference), (d_chunked, chunked) = graded(inputs, "reference"), graded(inputs, "chunked")
+  (d_reference, reference), (d_chunked, chunked) = (
+    graded(inputs, "reference"),
+    graded(inputs, "chunked"),
+  )
   assert relative(chunked, reference) < 1e-5
   for ours, theirs in zip(d_chunked, d_reference):
     assert relative(ours, theirs) < 1e-4
@@ -144,7 +149,7 @@ def test_a_cache_needs_the_reference_backend():
   rows = dict(segment_BT=segment_BT, position_BT=position_BT)
   with pytest.raises(ValueError, match="chunked"):
     attention.attention(
-        q, k, v, **rows, segment_BS=segment_BT, position_BS=position_BT, backend="chunked"
+      q, k, v, **rows, segment_BS=segment_BT, position_BS=position_BT, backend="chunked"
     )
 
 

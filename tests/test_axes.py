@@ -12,22 +12,33 @@ from tiny_aya_jax.model.transformer import BLOCKS, TinyAya
 
 # tiny-aya-global's config.json (tiny_aya.md 1.1), spelled out: a changed experiment must not
 # change what this file holds.
-FULL = ml_collections.ConfigDict(dict(
-    D=2048, N=16, K=4, H=128, F=11008, V=262144, L=9, window=4096, rope_theta=50000.0,
-    logit_scale=1.0, norm_epsilon=1e-5,
-))
+FULL = ml_collections.ConfigDict(
+  dict(
+    D=2048,
+    N=16,
+    K=4,
+    H=128,
+    F=11008,
+    V=262144,
+    L=9,
+    window=4096,
+    rope_theta=50000.0,
+    logit_scale=1.0,
+    norm_epsilon=1e-5,
+  )
+)
 BLOCK_SPECS = dict(
-    norm_D=(None, "fsdp"),
-    q_DNH=(None, "fsdp", "tensor", None),
-    k_DKH=(None, "fsdp", "tensor", None),
-    v_DKH=(None, "fsdp", "tensor", None),
-    o_NHD=(None, "tensor", None, "fsdp"),
-    gate_DF=(None, "fsdp", "tensor"),
-    up_DF=(None, "fsdp", "tensor"),
-    down_FD=(None, "tensor", "fsdp"),
+  norm_D=(None, "fsdp"),
+  q_DNH=(None, "fsdp", "tensor", None),
+  k_DKH=(None, "fsdp", "tensor", None),
+  v_DKH=(None, "fsdp", "tensor", None),
+  o_NHD=(None, "tensor", None, "fsdp"),
+  gate_DF=(None, "fsdp", "tensor"),
+  up_DF=(None, "fsdp", "tensor"),
+  down_FD=(None, "tensor", "fsdp"),
 )
 SPECS = dict(
-    embedding_VD=("tensor", "fsdp"), norm_D=("fsdp",), periods={name: BLOCK_SPECS for name in BLOCKS}
+  embedding_VD=("tensor", "fsdp"), norm_D=("fsdp",), periods={name: BLOCK_SPECS for name in BLOCKS}
 )
 
 
@@ -63,7 +74,9 @@ def test_every_leaf_has_the_rank_of_its_name_and_nine_periods_in_front_inside_th
     assert leaf.shape == stacked + sizes, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+  "sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)]
+)
 def test_every_leaf_of_the_full_model_is_sharded_as_its_letters_say(full, sizes):
   mesh = axes.mesh(**sizes)
   assert specs(mesh, full) == expected()
@@ -82,29 +95,47 @@ def test_optimiser_moments_are_sharded_as_their_parameters_and_the_count_is_repl
   assert adam.count == PartitionSpec()
 
 
-@pytest.mark.parametrize("sizes, shape", [
+@pytest.mark.parametrize(
+  "sizes, shape",
+  [
     (dict(), (1, 8, 1, 1)),
     (dict(data=-1, fsdp=2), (4, 2, 1, 1)),
     (dict(data=1, fsdp=2, tensor=2, context=2), (1, 2, 2, 2)),
     (dict(fsdp=1, context=-1), (1, 1, 1, 8)),
-])
+  ],
+)
 def test_a_mesh_fills_in_the_rest(sizes, shape):
   assert tuple(axes.mesh(**sizes).shape.values()) == shape
   assert axes.mesh(**sizes).axis_names == ("data", "fsdp", "tensor", "context")
 
 
-@pytest.mark.parametrize("sizes", [
-    dict(fsdp=3), dict(fsdp=4), dict(fsdp=16), dict(data=-1, fsdp=-1), dict(fsdp=0), dict(tensor=-2),
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(fsdp=3),
+    dict(fsdp=4),
+    dict(fsdp=16),
+    dict(data=-1, fsdp=-1),
+    dict(fsdp=0),
+    dict(tensor=-2),
     dict(tensor=3),
-])
+  ],
+)
 def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_its_sizes(sizes):
   with pytest.raises(run.Refused, match=str(next(iter(sizes.values())))):
     axes.mesh(**sizes)
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("q_DNH", (8,)), ("q_DNH", (8, 8)), ("q_DNH", (2, 2, 8, 8, 8)), ("count", (8,)), ("Q_DNH", (8, 8, 8)),
-])
+@pytest.mark.parametrize(
+  "name, shape",
+  [
+    ("q_DNH", (8,)),
+    ("q_DNH", (8, 8)),
+    ("q_DNH", (2, 2, 8, 8, 8)),
+    ("count", (8,)),
+    ("Q_DNH", (8, 8, 8)),
+  ],
+)
 def test_a_leaf_whose_rank_is_not_its_letters_is_refused_with_its_path(name, shape):
   tree = dict(full={name: jax.ShapeDtypeStruct(shape, np.float32)})
   with pytest.raises(run.Refused, match=rf"\['full'\]\['{name}'\]"):

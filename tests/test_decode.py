@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tiny_aya_jax import run
 from tiny_aya_jax.model import decode, transformer
 from tiny_aya_jax.model.transformer import TinyAya
 
@@ -34,7 +35,7 @@ def full_logits(cfg, params, rows):
 
 
 def test_cached_greedy_decoding_equals_the_full_forward_over_three_windows(
-    cfg, params, prompts, greedy
+  cfg, params, prompts, greedy
 ):
   logits_BTV = full_logits(cfg, params, [p + out for p, out in zip(prompts, greedy)])
   for prompt, out, logits_TV in zip(prompts, greedy, logits_BTV):
@@ -70,17 +71,20 @@ def test_a_row_does_not_depend_on_its_neighbours(cfg, params, prompts, greedy):
 
 @pytest.mark.parametrize("prompt, steps, slots", [(13, 18, 5), (2, 2, 4), (3, 2, 5)])
 def test_sliding_blocks_keep_exactly_window_slots_and_full_blocks_every_position(
-    cfg, params, prompt, steps, slots
+  cfg, params, prompt, steps, slots
 ):
   token_BT = jax.ShapeDtypeStruct((3, prompt), jnp.int32)
   length_B = jax.ShapeDtypeStruct((3,), jnp.int32)
   _, cache = jax.eval_shape(
-      lambda token_BT, length_B: decode.prefill(params, cfg, token_BT, length_B, prompt + steps),
-      token_BT, length_B,
+    lambda token_BT, length_B: decode.prefill(params, cfg, token_BT, length_B, prompt + steps),
+    token_BT,
+    length_B,
   )
   for block, kept in cache.items():
     expected = (cfg.L, 3, prompt + steps if block == "full" else slots, cfg.K, cfg.H)
-    assert {name: leaf.shape for name, leaf in kept.items()} == dict(k_BSKH=expected, v_BSKH=expected)
+    assert {name: leaf.shape for name, leaf in kept.items()} == dict(
+      k_BSKH=expected, v_BSKH=expected
+    )
   held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
   assert held == 2 * cfg.L * 3 * (3 * slots + prompt + steps) * cfg.K * cfg.H * 4
   token_B = jax.ShapeDtypeStruct((3,), jnp.int32)
@@ -91,7 +95,7 @@ def test_sliding_blocks_keep_exactly_window_slots_and_full_blocks_every_position
 def test_the_cache_has_the_dtype_of_the_activations(cfg, params):
   token_BT, length_B = np.zeros((1, 4), np.int32), np.array([4])
   _, cache = jax.eval_shape(
-      lambda: decode.prefill(params, cfg, token_BT, length_B, 9, jnp.bfloat16)
+    lambda: decode.prefill(params, cfg, token_BT, length_B, 9, jnp.bfloat16)
   )
   assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -112,10 +116,18 @@ def test_banned_ids_are_never_chosen(cfg, params, prompts, greedy):
     assert {len(row) for row in out} == {STEPS}
 
 
-@pytest.mark.parametrize("prompts", [[], [[1], []]])
-def test_an_empty_prompt_is_refused(cfg, params, prompts):
-  with pytest.raises(ValueError, match="at least one token"):
-    decode.generate(params, cfg, prompts, steps=1)
+@pytest.mark.parametrize(
+  "prompts, steps, sentence",
+  [
+    ([], 1, "at least one token"),
+    ([[1], []], 1, "at least one token"),
+    ([[1]], 0, "steps is 0"),
+    ([[1, 38], [-2]], 1, r"ids \[-2, 38\], the embedding has rows 0 to 37"),
+  ],
+)
+def test_what_cannot_be_continued_is_refused(cfg, params, prompts, steps, sentence):
+  with pytest.raises(run.Refused, match=sentence):
+    decode.generate(params, cfg, prompts, steps=steps)
 
 
 def test_a_tiny_top_p_is_greedy(cfg, params, prompts, greedy):
@@ -131,18 +143,26 @@ def test_equal_seeds_give_equal_samples_and_other_seeds_others(cfg, params, prom
   assert sample(1) != sample(2)
 
 
-@pytest.mark.parametrize("temperature, top_p, shares", [
+@pytest.mark.parametrize(
+  "temperature, top_p, shares",
+  [
     (1.0, 1.0, (0.6, 0.3, 0.1)),
     (0.5, 0.9, (0.8, 0.2, 0)),  # squared and normalised 0.78, 0.20, 0.02: two tokens reach 0.9
     (0.5, 0.7, (1, 0, 0)),  # the temperature comes first: before it, one token has but 0.6
-])
+  ],
+)
 def test_samples_have_the_frequencies_of_the_distribution(cfg, temperature, top_p, shares):
   """Three tokens of known probability; the second draw must not repeat the first."""
   params = known_distribution(cfg, {4: 0.6, 9: 0.3, 2: 0.1})
   rows = 3000
   out = decode.generate(
-      params, cfg, [[0]] * rows, steps=2, temperature=temperature, top_p=top_p,
-      banned_ids=set(range(cfg.V)) - {4, 9, 2},
+    params,
+    cfg,
+    [[0]] * rows,
+    steps=2,
+    temperature=temperature,
+    top_p=top_p,
+    banned_ids=set(range(cfg.V)) - {4, 9, 2},
   )
   first, second = np.array(out).T
   for drawn in (first, second):

@@ -19,21 +19,21 @@ from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import decode, transformer
 
 safetensors_numpy = pytest.importorskip(
-    "safetensors.numpy", reason="writing a Hugging Face folder needs the export extra"
+  "safetensors.numpy", reason="writing a Hugging Face folder needs the export extra"
 )
 
 # vocabulary, width, layers, heads, key heads, head width, feed-forward, window, tokens (beyond two
 # windows), logit scale, epsilon, dtype, shard size
 FIELDS = "V D layers N K H F window T logit_scale epsilon dtype shard".split()
 MODELS = [
-    (131, 40, 4, 6, 2, 10, 72, 7, 29, 0.7, 1e-5, "float32", "5GB"),
-    (97, 24, 8, 4, 4, 6, 33, 5, 23, 0.0625, 1e-5, "bfloat16", "20KB"),
-    (64, 51, 4, 3, 1, 16, 80, 64, 150, 1.0, 1e-3, "float32", "20KB"),
-    (77, 36, 4, 5, 5, 4, 41, 16, 40, 3.0, 1e-5, "bfloat16", "5GB"),
-    (211, 16, 4, 9, 3, 2, 7, 33, 77, 0.3, 1e-6, "float32", "9KB"),
-    (50, 30, 12, 2, 1, 14, 19, 9, 31, 1.3, 1e-5, "float32", "5GB"),
-    (59, 22, 4, 8, 4, 12, 90, 11, 30, 0.5, 1e-5, "bfloat16", "12KB"),
-    (83, 64, 4, 7, 1, 8, 29, 6, 64, 2.0, 1e-4, "float32", "30KB"),
+  (131, 40, 4, 6, 2, 10, 72, 7, 29, 0.7, 1e-5, "float32", "5GB"),
+  (97, 24, 8, 4, 4, 6, 33, 5, 23, 0.0625, 1e-5, "bfloat16", "20KB"),
+  (64, 51, 4, 3, 1, 16, 80, 64, 150, 1.0, 1e-3, "float32", "20KB"),
+  (77, 36, 4, 5, 5, 4, 41, 16, 40, 3.0, 1e-5, "bfloat16", "5GB"),
+  (211, 16, 4, 9, 3, 2, 7, 33, 77, 0.3, 1e-6, "float32", "9KB"),
+  (50, 30, 12, 2, 1, 14, 19, 9, 31, 1.3, 1e-5, "float32", "5GB"),
+  (59, 22, 4, 8, 4, 12, 90, 11, 30, 0.5, 1e-5, "bfloat16", "12KB"),
+  (83, 64, 4, 7, 1, 8, 29, 6, 64, 2.0, 1e-4, "float32", "30KB"),
 ]
 
 
@@ -44,8 +44,13 @@ class Tokens:
     self.size = size
 
   def special(self, name):
-    return {"<PAD>": 0, "<BOS_TOKEN>": 2, "<EOS_TOKEN>": 3, "<|END_OF_TURN_TOKEN|>": 6,
-            "<|END_RESPONSE|>": 11}[name]
+    return {
+      "<PAD>": 0,
+      "<BOS_TOKEN>": 2,
+      "<EOS_TOKEN>": 3,
+      "<|END_OF_TURN_TOKEN|>": 6,
+      "<|END_RESPONSE|>": 11,
+    }[name]
 
   def json(self):
     return '{"version": "1.0"}'
@@ -69,7 +74,7 @@ def foreign(request, torch, tmp_path_factory):
   model = load(torch, folder)
   token_BT = np.random.default_rng(0).integers(0, asked.V, (2, asked.T))
   return types.SimpleNamespace(
-      folder=folder, asked=asked, token_BT=token_BT, logits_BTV=their_logits(torch, model, token_BT)
+    folder=folder, asked=asked, token_BT=token_BT, logits_BTV=their_logits(torch, model, token_BT)
   )
 
 
@@ -78,13 +83,24 @@ def random_model(torch, asked):
   import transformers
 
   torch.manual_seed(0)
-  model = transformers.Cohere2ForCausalLM(transformers.Cohere2Config(
-      vocab_size=asked.V, hidden_size=asked.D, num_hidden_layers=asked.layers,
-      num_attention_heads=asked.N, num_key_value_heads=asked.K, head_dim=asked.H,
-      intermediate_size=asked.F, sliding_window=asked.window, rope_theta=50000.0,
-      logit_scale=asked.logit_scale, layer_norm_eps=asked.epsilon, bos_token_id=2, eos_token_id=3,
+  model = transformers.Cohere2ForCausalLM(
+    transformers.Cohere2Config(
+      vocab_size=asked.V,
+      hidden_size=asked.D,
+      num_hidden_layers=asked.layers,
+      num_attention_heads=asked.N,
+      num_key_value_heads=asked.K,
+      head_dim=asked.H,
+      intermediate_size=asked.F,
+      sliding_window=asked.window,
+      rope_theta=50000.0,
+      logit_scale=asked.logit_scale,
+      layer_norm_eps=asked.epsilon,
+      bos_token_id=2,
+      eos_token_id=3,
       pad_token_id=0,
-  ))
+    )
+  )
   for weight in model.parameters():
     weight.data.normal_(0, 0.3) if weight.ndim > 1 else weight.data.uniform_(0.5, 1.5)
   return model.to(getattr(torch, asked.dtype)).eval()
@@ -95,7 +111,7 @@ def load(torch, folder):
   import transformers
 
   model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=torch.float32, output_loading_info=True
+    folder, dtype=torch.float32, output_loading_info=True
   )
   assert isinstance(model, transformers.Cohere2ForCausalLM)
   assert not loading["missing_keys"] and not loading["unexpected_keys"]
@@ -189,12 +205,14 @@ def test_greedy_continuations_equal_those_of_transformers(torch, tmp_path):
   random = np.random.default_rng(2)
   groups = [random.integers(0, asked.V, (5, length)) for length in (1, 6, 17, 30)]
   theirs = [
-      row[group.shape[1] :].tolist()
-      for group in groups
-      for row in model.generate(
-          torch.tensor(group), attention_mask=torch.ones(group.shape, dtype=torch.long),
-          do_sample=False, max_new_tokens=64,
-      )
+    row[group.shape[1] :].tolist()
+    for group in groups
+    for row in model.generate(
+      torch.tensor(group),
+      attention_mask=torch.ones(group.shape, dtype=torch.long),
+      do_sample=False,
+      max_new_tokens=64,
+    )
   ]
   prompts = [row.tolist() for group in groups for row in group]
   ours = decode.generate(params, cfg, prompts, steps=64)
@@ -234,8 +252,13 @@ def test_writing_and_reading_is_identity(cfg, params, tmp_path, shard_bytes):
 def test_a_folder_has_the_files_and_tensors_of_a_release(cfg, params, tmp_path):
   huggingface.write(tmp_path / "out", params, cfg, Tokens())
   assert {path.name for path in (tmp_path / "out").iterdir()} == {
-      "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-      "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
   }
   tensors = stored(tmp_path / "out")
   assert len(tensors) == 4 * cfg.L * 8 + 2
@@ -263,10 +286,15 @@ def spoil_tensors(folder, change):
   tensors = safetensors_numpy.load_file(path)
   change(tensors)
   safetensors_numpy.save_file(tensors, path)
-  spoil_json(folder / "model.safetensors.index.json", lambda index: index.update(weight_map={
-      **{name: file for name, file in index["weight_map"].items() if file != path.name},
-      **dict.fromkeys(tensors, path.name),
-  }))
+  spoil_json(
+    folder / "model.safetensors.index.json",
+    lambda index: index.update(
+      weight_map={
+        **{name: file for name, file in index["weight_map"].items() if file != path.name},
+        **dict.fromkeys(tensors, path.name),
+      }
+    ),
+  )
 
 
 def spoil_json(path, change):
@@ -277,16 +305,24 @@ def spoil_json(path, change):
 
 EMBEDDING = "model.embed_tokens.weight"
 TENSORS = {
-    "missing": (lambda t: t.pop(EMBEDDING), r"1 tensors missing.*embed_tokens"),
-    "extra": (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": t[EMBEDDING]}),
-              r"1 unknown.*q_norm"),
-    "bias": (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": t[EMBEDDING][0]}),
-             r"1 unknown.*q_proj.bias"),
-    "misshapen": (lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1]}),
-                  r"embed_tokens.weight has shape \(37, 32\), config.json says \(38, 32\)"),
-    "transposed": (lambda t: t.update({EMBEDDING: np.ascontiguousarray(t[EMBEDDING].T)}),
-                   r"embed_tokens.weight has shape \(32, 38\)"),
-    "untied": (lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1}), "lm_head.weight differs"),
+  "missing": (lambda t: t.pop(EMBEDDING), r"1 tensors missing.*embed_tokens"),
+  "extra": (
+    lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": t[EMBEDDING]}),
+    r"1 unknown.*q_norm",
+  ),
+  "bias": (
+    lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": t[EMBEDDING][0]}),
+    r"1 unknown.*q_proj.bias",
+  ),
+  "misshapen": (
+    lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1]}),
+    r"embed_tokens.weight has shape \(37, 32\), config.json says \(38, 32\)",
+  ),
+  "transposed": (
+    lambda t: t.update({EMBEDDING: np.ascontiguousarray(t[EMBEDDING].T)}),
+    r"embed_tokens.weight has shape \(32, 38\)",
+  ),
+  "untied": (lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1}), "lm_head.weight differs"),
 }
 
 
@@ -303,20 +339,23 @@ def test_a_tied_head_that_is_stored_again_is_read(cfg, params, folder):
 
 
 CONFIGS = {
-    "other model": (dict(model_type="cohere"), "model_type is 'cohere'"),
-    "all full": (dict(layer_types=["full_attention"] * 8), "periods of 3"),
-    "full first": (dict(layer_types=(["full_attention"] + ["sliding_attention"] * 3) * 2), "periods of 3"),
-    "seven layers": (dict(num_hidden_layers=7, layer_types=None), "7 layers"),
-    "other pattern": (dict(layer_types=None, sliding_window_pattern=2), "8 layers of 2"),
-    "biases": (dict(attention_bias=True), "attention_bias is True"),
-    "query norm": (dict(use_qk_norm=True), "use_qk_norm is True"),
-    "untied": (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
-    "gelu": (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "scaled rope": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "rope_scaling"),
-    "scaled rope of transformers 5": (dict(rope_parameters=dict(rope_type="yarn")), "'yarn'"),
-    "no width": (dict(hidden_size=None), "hidden_size is None"),
-    "no layers": (dict(num_hidden_layers=None), "num_hidden_layers is None"),
-    "no window": (dict(sliding_window="all"), "sliding_window is 'all'"),
+  "other model": (dict(model_type="cohere"), "model_type is 'cohere'"),
+  "all full": (dict(layer_types=["full_attention"] * 8), "periods of 3"),
+  "full first": (
+    dict(layer_types=(["full_attention"] + ["sliding_attention"] * 3) * 2),
+    "periods of 3",
+  ),
+  "seven layers": (dict(num_hidden_layers=7, layer_types=None), "7 layers"),
+  "other pattern": (dict(layer_types=None, sliding_window_pattern=2), "8 layers of 2"),
+  "biases": (dict(attention_bias=True), "attention_bias is True"),
+  "query norm": (dict(use_qk_norm=True), "use_qk_norm is True"),
+  "untied": (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+  "gelu": (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+  "scaled rope": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "rope_scaling"),
+  "scaled rope of transformers 5": (dict(rope_parameters=dict(rope_type="yarn")), "'yarn'"),
+  "no width": (dict(hidden_size=None), "hidden_size is None"),
+  "no layers": (dict(num_hidden_layers=None), "num_hidden_layers is None"),
+  "no window": (dict(sliding_window="all"), "sliding_window is 'all'"),
 }
 
 
@@ -327,11 +366,13 @@ def test_a_config_of_another_architecture_is_refused_by_field(folder, change, se
     huggingface.read(folder)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "model.bin", "a/b.safetensors"])
+@pytest.mark.parametrize(
+  "name", ["../model.safetensors", "/etc/model.safetensors", "model.bin", "a/b.safetensors"]
+)
 def test_an_index_that_points_outside_the_folder_is_refused(folder, name):
   spoil_json(
-      folder / "model.safetensors.index.json",
-      lambda index: index["weight_map"].update({EMBEDDING: name}),
+    folder / "model.safetensors.index.json",
+    lambda index: index["weight_map"].update({EMBEDDING: name}),
   )
   with pytest.raises(run.Refused, match="expected a plain"):
     huggingface.read(folder)
@@ -339,8 +380,10 @@ def test_an_index_that_points_outside_the_folder_is_refused(folder, name):
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(folder):
   spoil_json(
-      folder / "model.safetensors.index.json",
-      lambda index: index["weight_map"].update({"model.layers.99.mlp.up_proj.weight": "model-00001-of-00009.safetensors"}),
+    folder / "model.safetensors.index.json",
+    lambda index: index["weight_map"].update(
+      {"model.layers.99.mlp.up_proj.weight": "model-00001-of-00009.safetensors"}
+    ),
   )
   with pytest.raises(run.Refused):
     huggingface.read(folder)
@@ -363,7 +406,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 
 def test_an_existing_folder_a_large_tokenizer_and_an_unknown_dtype_are_refused_before_writing(
-    cfg, params, tmp_path
+  cfg, params, tmp_path
 ):
   (tmp_path / "there").mkdir()
   with pytest.raises(run.Refused, match="exists"):

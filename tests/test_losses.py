@@ -1,5 +1,7 @@
 """next_token against materialised logits: values, both gradients, weights, chunks, dtypes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,10 @@ def arrays():
   weight_BT = random.choice([0.0, 1.0, 0.25], (B, T)).astype(np.float32)
   weight_BT[0, 4:] = 0  # whole chunks of nothing
   return (
-      jnp.asarray(random.normal(size=(B, T, D)), jnp.float32),
-      jnp.asarray(random.normal(size=(V, D)), jnp.float32),
-      random.integers(0, V, (B, T), dtype=np.int32),
-      weight_BT,
+    jnp.asarray(random.normal(size=(B, T, D)), jnp.float32),
+    jnp.asarray(random.normal(size=(V, D)), jnp.float32),
+    random.integers(0, V, (B, T), dtype=np.int32),
+    weight_BT,
   )
 
 
@@ -117,7 +119,9 @@ def test_the_loss_scales_its_gradient_by_what_is_done_with_it(arrays):
   def plain_third(hidden_BTD, embedding_VD):
     return -3 * plain(hidden_BTD, embedding_VD, *arrays[2:])[0] / arrays[3].sum()
 
-  for ours, theirs in zip(jax.grad(third, (0, 1))(*arrays[:2]), jax.grad(plain_third, (0, 1))(*arrays[:2])):
+  for ours, theirs in zip(
+    jax.grad(third, (0, 1))(*arrays[:2]), jax.grad(plain_third, (0, 1))(*arrays[:2])
+  ):
     np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
@@ -126,9 +130,14 @@ def test_bfloat16_hidden_states_keep_fp32_logits_and_an_fp32_table_gradient(arra
   rounded_VD = arrays[1].astype(jnp.bfloat16).astype(jnp.float32)
   graded = jax.value_and_grad(lambda h, e: next_token(h, e, *arrays[2:], chunk=4)[0], (0, 1))
   sum, (d_hidden_BTD, d_embedding_VD) = graded(hidden_BTD, arrays[1])
+  # XLA on CPU keeps fp32 where the program rounds, so that the values alone would not tell.
+  program = str(jax.make_jaxpr(graded)(hidden_BTD, arrays[1]))
+  products = re.findall(r"(\w+)\[([\d,]+)\] = dot_general", program)
+  assert len(products) == 3
+  assert {dtype for dtype, shape in products if str(V) in shape.split(",")} == {"f32"}
   exact = jax.value_and_grad(lambda h, e: plain(h, e, *arrays[2:])[0], (0, 1))
   expected, (d_expected_BTD, d_expected_VD) = exact(hidden_BTD.astype(jnp.float32), rounded_VD)
-  np.testing.assert_allclose(sum, expected, rtol=1e-5)  # logits in bfloat16 would be off by 1e-3
+  np.testing.assert_allclose(sum, expected, rtol=1e-5)
   assert (d_hidden_BTD.dtype, d_embedding_VD.dtype) == (jnp.bfloat16, jnp.float32)
   for ours, theirs in ((d_hidden_BTD, d_expected_BTD), (d_embedding_VD, d_expected_VD)):
     error = np.linalg.norm(ours.astype(jnp.float32) - theirs) / np.linalg.norm(theirs)

@@ -23,7 +23,7 @@ SUFFIXED = re.compile(r"[a-z0-9_]*_([A-Z]+)")
 
 @contextlib.contextmanager
 def checked(folder):
-  """Collects lies, and the names looked at, of every function below `folder` that returns inside."""
+  """Collects (lies, names looked at) from every function below `folder` that returns inside."""
   lies, seen = [], set()
 
   def hook(frame, event, _):
@@ -40,7 +40,7 @@ def checked(folder):
 
 
 def lies_among(names, seen):
-  """One sentence for each name whose rank is not its letters, or whose sizes contradict another's."""
+  """A sentence for each name whose rank is not its letters or whose sizes contradict another's."""
   sizes = {}  # letter -> (size, the name it was first seen in)
   for name, value in names.items():
     suffix, shape = SUFFIXED.fullmatch(name), getattr(value, "shape", None)
@@ -63,12 +63,17 @@ def test_no_suffix_lies_in_forward_loss_and_backward(cfg, params, batch, backend
 
   def loss(params, batch):
     hidden_BTD = TinyAya(cfg, backend=backend, remat="full").apply(
-        {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
+      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
     )
     transformer.logits(params, hidden_BTD, cfg)
     return losses.next_token(
-        hidden_BTD, params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
-        logit_scale=cfg.logit_scale, z_loss=1e-3, chunk=7,
+      hidden_BTD,
+      params["embedding_VD"],
+      batch["target_BT"],
+      batch["weight_BT"],
+      logit_scale=cfg.logit_scale,
+      z_loss=1e-3,
+      chunk=7,
     )[0]
 
   with checked(MODEL) as (lies, seen):
@@ -90,9 +95,14 @@ def test_the_sizes_of_the_test_model_tell_the_letters_apart(cfg, batch):
   assert len(set(sizes)) == len(sizes)
 
 
-@pytest.mark.parametrize("shape, lie", [
-    ((8, 20), "x_BTD has shape"), ((8, 32, 20), "T=32"), ((2, 8, 20, 32), "x_BTD has shape"),
-])
+@pytest.mark.parametrize(
+  "shape, lie",
+  [
+    ((8, 20), "x_BTD has shape"),
+    ((8, 32, 20), "T=32"),
+    ((2, 8, 20, 32), "x_BTD has shape"),
+  ],
+)
 def test_a_lie_is_found(shape, lie):
   def liar():
     token_BT = np.zeros((8, 20))

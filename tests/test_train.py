@@ -1,7 +1,6 @@
 """One program: resumed is uninterrupted, bit for bit; split batches change nothing; exits are kept."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from tiny_aya_jax import __main__, axes, run

@@ -12,11 +12,11 @@ from tiny_aya_jax.model import attention, losses, transformer
 from tiny_aya_jax.model.transformer import TinyAya
 
 MESHES = [  # the last two, which split most letters, with every backend
-    (dict(data=8, fsdp=1), "reference"),
-    (dict(fsdp=8), "reference"),
-    (dict(fsdp=4, tensor=2), "reference"),
-    *((dict(data=2, fsdp=2, tensor=2), backend) for backend in sorted(attention.BACKENDS)),
-    *((dict(data=2, fsdp=2, context=2), backend) for backend in sorted(attention.BACKENDS)),
+  (dict(data=8, fsdp=1), "reference"),
+  (dict(fsdp=8), "reference"),
+  (dict(fsdp=4, tensor=2), "reference"),
+  *((dict(data=2, fsdp=2, tensor=2), backend) for backend in sorted(attention.BACKENDS)),
+  *((dict(data=2, fsdp=2, context=2), backend) for backend in sorted(attention.BACKENDS)),
 ]
 BACKENDS = sorted(attention.BACKENDS)
 
@@ -38,11 +38,16 @@ def graded(cfg, chunk=512, **settings):
 
   def loss(params, batch):
     hidden_BTD = model.apply(
-        {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
+      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
     )
     sum, count, _ = losses.next_token(
-        hidden_BTD, params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
-        logit_scale=cfg.logit_scale, z_loss=1e-3, chunk=chunk,
+      hidden_BTD,
+      params["embedding_VD"],
+      batch["target_BT"],
+      batch["weight_BT"],
+      logit_scale=cfg.logit_scale,
+      z_loss=1e-3,
+      chunk=chunk,
     )
     return sum / count
 
@@ -52,7 +57,9 @@ def graded(cfg, chunk=512, **settings):
 def assert_same(one, other):
   """The law of fp32: relative 1e-5 on the loss, 1e-4 on every gradient leaf."""
   np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
-  for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(one[1]), jax.tree.leaves(other[1])):
+  for (path, mine), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(one[1]), jax.tree.leaves(other[1])
+  ):
     mine, theirs = np.asarray(mine), np.asarray(theirs)
     assert np.linalg.norm(theirs) > 0, jax.tree_util.keystr(path)
     error = np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)
@@ -70,16 +77,23 @@ def test_the_mesh_changes_nothing(cfg, params, batch, plain, sizes, backend):
   assert_same((loss, gradients), plain)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(remat="full"), dict(unroll=2), dict(backend="chunked", remat="full"),
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(remat="full"),
+    dict(unroll=2),
+    dict(backend="chunked", remat="full"),
     dict(chunk=7),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_remat_unroll_and_chunking_change_nothing(cfg, params, batch, plain, settings):
   assert_same(jax.jit(graded(cfg, **settings))(params, batch), plain)
 
 
 def test_remat_recomputes_and_unroll_unrolls(cfg, params, batch):
   """Otherwise the test above would compare a program with itself."""
+
   def program(**settings):
     return str(jax.make_jaxpr(graded(cfg, **settings))(params, batch))
 
@@ -91,7 +105,7 @@ def test_remat_recomputes_and_unroll_unrolls(cfg, params, batch):
 def test_the_gradients_of_the_table_add_up_from_lookup_and_head(cfg, params, batch, plain):
   def loss(params):
     hidden_BTD = TinyAya(cfg).apply(
-        {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
+      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
     )
     logits_BTV = transformer.logits(params, hidden_BTD, cfg)
     total_BT = jax.nn.logsumexp(logits_BTV, -1)
@@ -104,7 +118,7 @@ def test_the_gradients_of_the_table_add_up_from_lookup_and_head(cfg, params, bat
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def reach(request, cfg, params):
-  """(documents of a row, positions whose hidden states count) -> which positions' embeddings they see.
+  """(documents of a row, positions whose hidden states count) -> the positions they see.
 
   Every token of the row is another one, so a row of the table's gradient is the gradient of one
   position's embedding; the head is not in it. Boolean [T], exact: bitwise zero or not.
@@ -143,9 +157,11 @@ def test_the_future_is_invisible_and_the_whole_past_is_seen(reach):
 def test_a_document_is_the_same_alone_and_packed_behind_another(cfg, params, batch, backend):
   def hidden(token_BT, documents):
     segment_BT, position_BT = packed(documents, token_BT.shape[1])
-    return np.asarray(jax.jit(TinyAya(cfg, backend=backend).apply)(
+    return np.asarray(
+      jax.jit(TinyAya(cfg, backend=backend).apply)(
         {"params": params}, token_BT, segment_BT, position_BT
-    ))
+      )
+    )
 
   together = hidden(batch["token_BT"], DOCUMENTS)
   alone = np.zeros_like(batch["token_BT"])
@@ -179,7 +195,9 @@ def test_layer_norm_is_the_definition_in_fp32_and_keeps_the_dtype(cfg):
     expected = centred / np.sqrt(given.var(-1, keepdims=True) + cfg.norm_epsilon) * norm_D
     out = transformer.layer_norm(jnp.asarray(x_BTD, dtype), norm_D, cfg)
     assert out.dtype == dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(
+      np.asarray(out, np.float64), expected, atol=tolerance, rtol=tolerance
+    )
 
 
 def test_rotation_turns_neighbouring_pairs_by_the_position(cfg):
@@ -188,7 +206,9 @@ def test_rotation_turns_neighbouring_pairs_by_the_position(cfg):
   pair = x_BTNH[..., 0::2] + 1j * x_BTNH[..., 1::2]
   theta = cfg.rope_theta ** (-np.arange(0, cfg.H, 2) / cfg.H)
   turned = pair * np.exp(1j * position_BT[..., None, None] * theta)
-  out = np.asarray(transformer.rotate(jnp.asarray(x_BTNH, jnp.float32), position_BT, cfg.rope_theta))
+  out = np.asarray(
+    transformer.rotate(jnp.asarray(x_BTNH, jnp.float32), position_BT, cfg.rope_theta)
+  )
   np.testing.assert_allclose(out[..., 0::2], turned.real, atol=1e-4)
   np.testing.assert_allclose(out[..., 1::2], turned.imag, atol=1e-4)
 

@@ -33,6 +33,12 @@ def main(config, workdir):
   if config.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
     raise run.Refused(f"a batch of {config.batch} rows does not split over {mesh.size} devices")
 
+  beside = {}
+  if config.baselines.train_text:
+    beside["baselines"] = baselines.table(
+        config.baselines.train_text, config.baselines.validation_text, list(_bytes(manifests)),
+        config.baselines.processes,
+    )
   columns = {}
   for given, path in zip(config.checkpoints, paths):
     name = pathlib.Path(given).resolve().name
@@ -45,13 +51,8 @@ def main(config, workdir):
       rows=config.rows, tokenizer_sha256=tokenizer.sha256, bytes=_bytes(manifests),
       bits_per_byte=columns,
       summary={name: _summary(column) for name, column in columns.items()},
+      **beside,
   )
-  if config.baselines.train_text:
-    codes = [code for code in _bytes(manifests)]
-    result["baselines"] = baselines.table(
-        config.baselines.train_text, config.baselines.validation_text, codes,
-        config.baselines.processes,
-    )
   workdir.mkdir(parents=True, exist_ok=True)
   run.write_json(workdir / "evaluation.json", result)
   (workdir / "report.html").write_text(report.page(result), encoding="utf-8")

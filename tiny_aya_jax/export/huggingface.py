@@ -5,7 +5,6 @@ and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a tor
 [out, in], so every matrix is its letters flattened to two axes and transposed (tiny_aya.md 1.2).
 """
 
-import json
 import os
 import pathlib
 import shutil

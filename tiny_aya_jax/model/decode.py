@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tiny_aya_jax import run
 from tiny_aya_jax.model.attention import ring_positions
 from tiny_aya_jax.model.transformer import TinyAya, logits
 
@@ -27,7 +28,12 @@ def generate(
   returned; banned_ids (unused vocabulary rows) are never chosen. Returns a list of lists of ids.
   """
   if not prompts or not all(prompts):
-    raise ValueError("every prompt needs at least one token; give BOS to start from nothing")
+    raise run.Refused("every prompt needs at least one token; give BOS to start from nothing")
+  if steps < 1:
+    raise run.Refused(f"steps is {steps}: expected at least one token to generate")
+  odd = {token for prompt in prompts for token in prompt if not 0 <= token < cfg.V}
+  if odd:  # a lookup would clamp them without a word
+    raise run.Refused(f"prompts hold the ids {sorted(odd)[:3]}, the embedding has rows 0 to {cfg.V - 1}")
   length_B = np.array([len(prompt) for prompt in prompts])
   prompt_BS = np.zeros((len(prompts), length_B.max()), np.int32)
   for row, prompt in enumerate(prompts):

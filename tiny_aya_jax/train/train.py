@@ -10,7 +10,6 @@ import fcntl
 import functools
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -21,11 +20,10 @@ import numpy as np
 import optax
 
 from tiny_aya_jax import axes, run
-from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.data import loader
 from tiny_aya_jax.model import bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import checkpoint, metrics, optimizer
+from tiny_aya_jax.train import checkpoint, metrics, optimizer, start
 
 
 def main(config, workdir, plan, validation, tokenizer):
@@ -39,28 +37,26 @@ def main(config, workdir, plan, validation, tokenizer):
     model = TinyAya(
         config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll
     )
-    state, data, start = _start(config, workdir, mesh, model, plan, tokenizer)
+    state, plan, first = start.start(config, workdir, mesh, model, plan, tokenizer)
     _record(config, workdir, mesh, model, state)
     rows = loader.Loader(
-        data["plan"], config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
+        plan, config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
     )
-    sources = [source["name"] for source in data["plan"]["sources"]]
-    rate = optimizer.schedule(config.schedule, config.steps, start)
-    tx = optimizer.adamw(config.optimizer, rate)
+    sources = [source["name"] for source in plan["sources"]]
+    rate = optimizer.schedule(config.schedule, config.steps, first)
     loss = functools.partial(
         next_token_loss, model=model, chunk=config.loss.chunk, z_loss=config.loss.z_loss
     )
     step = jax.jit(
         functools.partial(
-            train_step, loss=loss, tx=tx, accumulate=config.accumulate, sources=len(sources)
+            train_step, loss=loss, tx=optimizer.adamw(config.optimizer, rate),
+            accumulate=config.accumulate, sources=len(sources),
         ),
         donate_argnums=0,
     )
     evaluate = _evaluator(config, mesh, model, validation, tokenizer)
-    meta = _meta(config, tokenizer, start)
-    return _loop(
-        config, workdir, mesh, step, evaluate, rows, sources, rate, state, start, meta, tokenizer
-    )
+    meta = start.meta(config, tokenizer, first)
+    return _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, first, meta)
 
 
 def next_token_loss(params, batch, *, model, chunk, z_loss):
@@ -119,207 +115,74 @@ def _microbatches(batch, accumulate):
   )
 
 
-def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, start, meta, tokenizer):
+def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, start, meta):
   first, last = int(state["step"]), start + config.steps
-  writer = metrics.Writer(workdir, first)
-  stop = _stop_signal()
-  began, window_began, window, pending = time.monotonic(), time.monotonic(), None, None
-  tokens_a_step = config.data.batch * config.data.T
+  writer, stop = metrics.Writer(workdir, first), _stop_signal()
+  began = since = time.monotonic()
+  reports = []  # of the steps since the last line; on the devices until then
 
   def save(at):
     data = rows.state(at) | dict(plan=rows.plan, batch=config.data.batch)
     items = dict(params=state["params"], optimizer=state["optimizer"], data=data, meta=meta)
     checkpoint.save(workdir, at, items, keep=config.keep)
 
-  def log(at, window, seconds, steps):
-    """Writes the window's metrics; returns whether its loss was finite."""
-    loss = float(window["nats"]) / steps
-    nats_S, tokens_S = np.asarray(window["nats_S"]), np.asarray(window["tokens_S"])
-    languages = _by_language(sources, nats_S, tokens_S)
-    speed = steps * tokens_a_step / seconds
+  def log(at):
+    """Writes and prints the steps since the last line; returns whether their loss was finite."""
+    window = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(reports))
+    loss, grad_norm = float(window["loss"].mean()), float(window["grad_norm"].mean())
+    languages = _by_language(sources, window["nats_S"].sum(0), window["tokens_S"].sum(0))
+    speed = len(reports) * config.data.batch * config.data.T / (time.monotonic() - since)
     writer.write(dict(
-        step=at, loss=loss, grad_norm=float(window["grad_norm"]) / steps,
-        learning_rate=float(rate(at - 1)), tokens_per_second=speed, seconds=time.monotonic() - began,
-        tokens=float(tokens_S.sum()), languages=languages,
+        step=at, loss=loss, grad_norm=grad_norm, learning_rate=float(rate(at - 1)),
+        tokens=float(window["tokens"].sum()), tokens_per_second=speed,
+        seconds=time.monotonic() - began, languages=languages,
     ))
     run.say(
-        f"step {at - start}/{config.steps}  loss {loss:.4f}  grad norm "
-        f"{float(window['grad_norm']) / steps:.2f}  lr {float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s"
-        f"  {_extremes(languages)}"
+        f"step {at - start}/{config.steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr "
+        f"{float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s  {_extremes(languages)}"
     )
     return math.isfinite(loss)
 
   def assess(at):
     if evaluate is not None:
       found = evaluate(state["params"])
-      writer.write(dict(step=at, evaluation=found, summary=bits.summary(found)))
+      summary = bits.summary(found)
+      writer.write(dict(step=at, evaluation=found, summary=summary))
       run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
-          **bits.summary(found)))
+          **summary))
 
   if first == start:
     assess(first)
+    since = time.monotonic()
   batches = rows.batches(first, config.data.threads, config.data.prefetch)
   ticks = range(first, last)
   for at in run.progress(ticks, "train") if sys.stdout.isatty() else ticks:
     _profile(config, workdir, at - start)
     state, report = step(state, axes.place(mesh, next(batches)))
-    # Metrics of step n-1 are read while step n runs.
-    if pending is not None:
-      window = pending if window is None else jax.tree.map(jnp.add, window, pending)
-    pending = dict(nats=report["loss"], grad_norm=report["grad_norm"],
-                   nats_S=report["nats_S"], tokens_S=report["tokens_S"])
+    reports.append(report)
     done = at + 1
     ended = done == last or stop() or _time_up(config, began)
     if (done - start) % config.log_every == 0 or ended:
-      window = pending if window is None else jax.tree.map(jnp.add, window, pending)
-      pending = None
-      steps = (done - start - 1) % config.log_every + 1
-      steps = min(steps, done - first)
-      jax.block_until_ready(window)
-      finite = log(done, window, time.monotonic() - window_began, steps)
-      window, window_began = None, time.monotonic()
+      finite, reports = log(done), []
       if not finite:
         run.say(f"loss is not finite at step {done}: stopping, checkpoints stay as they are")
         writer.close()
         return run.EXIT["not_finite"]
-    if (done - start) % config.evaluate_every == 0 and not ended or done == last:
+      since = time.monotonic()
+    if done == last or ((done - start) % config.evaluate_every == 0 and not ended):
       assess(done)
-      window_began = time.monotonic()
+      since = time.monotonic()
     if (done - start) % config.save_every == 0 or ended:
       save(done)
-      window_began = time.monotonic()
-    if ended and done != last:
-      run.say(f"stopped at step {done}, saved: run the same command again to continue")
-      writer.close()
-      return run.EXIT["preempted"]
+      since = time.monotonic()
+    if ended:
+      break
   writer.close()
+  if first < last and done < last:
+    run.say(f"stopped at step {done}, saved: run the same command again to continue")
+    return run.EXIT["preempted"]
   run.say(f"done: {checkpoint.find(workdir)}")
   return run.EXIT["done"]
-
-
-def _start(config, workdir, mesh, model, plan, tokenizer):
-  """(state, {"plan"}, step the run or fork began at), by the start-up order of this file."""
-  tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-
-  def scratch(key):
-    params = model.init(key, *(jnp.ones((1, 2), jnp.int32),) * 3)["params"]
-    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
-
-  abstract = jax.eval_shape(scratch, jax.random.key(config.seed))
-  placed = axes.shardings(mesh, abstract)
-  abstract = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, placed
-  )
-  if checkpoint.steps(workdir):
-    return _resume(config, workdir, abstract, plan, tokenizer)
-  if config.init_from and config.init_what == "state":
-    return _fork(config, abstract, plan, tokenizer)
-  state = jax.jit(scratch, out_shardings=placed)(jax.random.key(config.seed))
-  if config.init_from:
-    state["params"] = _initial_params(config, abstract["params"], tokenizer)
-    state["optimizer"] = jax.jit(tx.init, out_shardings=placed["optimizer"])(state["params"])
-    run.say(f"parameters from {config.init_from}, step 0")
-  else:
-    run.say(f"parameters from scratch, seed {config.seed}")
-  return state, dict(plan=plan), 0
-
-
-def _resume(config, workdir, abstract, plan, tokenizer):
-  path = checkpoint.find(workdir)
-  meta = checkpoint.meta(path)
-  _same_model(path, meta, config, tokenizer)
-  items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
-  changes = _changes(meta["run"], _run_facts(config))
-  data = items["data"]
-  wanted = _follow(config, data, plan)
-  if wanted["segments"][-1]["thresholds"] != data["plan"]["segments"][-1]["thresholds"]:
-    changes.append("data.mixture or the rows")
-  if changes and not config.data.accept_change:
-    raise run.Refused(
-        f"{path} was trained with another {'; '.join(changes)}: set them back, or continue each "
-        "language's counter under the new ones with --config.data.accept_change=True"
-    )
-  if changes:
-    run.say("accepted change:", "; ".join(changes))
-    data["plan"] = _continue(wanted, data, config.data.batch)
-  run.say(f"resumed from {path}")
-  state = dict(step=jnp.int32(meta["step"]), **{name: items[name] for name in checkpoint.TREES})
-  return state, dict(plan=_with_paths(data["plan"], plan)), meta["start"]
-
-
-def _fork(config, abstract, plan, tokenizer):
-  path = checkpoint.find(config.init_from)
-  meta = checkpoint.meta(path)
-  _same_model(path, meta, config, tokenizer)
-  items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
-  data = items["data"]
-  forked = _follow(config, data, plan)
-  run.say(f"forked from {path}: moments, step {meta['step']} and data counters go on")
-  state = dict(step=jnp.int32(meta["step"]), **{name: items[name] for name in checkpoint.TREES})
-  return state, dict(plan=_continue(forked, data, config.data.batch)), meta["step"]
-
-
-def _follow(config, data, plan):
-  """The checkpoint's plan, and from its row on this run's mixture; or the file config.data.plan."""
-  if config.data.plan:
-    return plan
-  row = data["step"] * data["batch"]
-  return mixture.append(data["plan"], row, config.data.mixture.to_dict(), plan["sources"])
-
-
-def _continue(plan, data, batch):
-  """Moves the last segment to where `batch` rows a step put the checkpoint's step."""
-  start_row = data["step"] * batch
-  earlier = [segment for segment in plan["segments"][:-1] if segment["start_row"] < start_row]
-  return plan | dict(segments=[*earlier, plan["segments"][-1] | dict(start_row=start_row)])
-
-
-def _with_paths(plan, current):
-  """The same plan with the sources where they lie now."""
-  paths = {source["name"]: source["path"] for source in current["sources"]}
-  sources = [source | dict(path=paths.get(source["name"], source["path"]))
-             for source in plan["sources"]]
-  return plan | dict(sources=sources)
-
-
-def _initial_params(config, abstract, tokenizer):
-  path = pathlib.Path(config.init_from)
-  if (path / "config.json").exists():
-    params, cfg = huggingface.read(path)
-    _same_fields(path, cfg.to_dict(), config.model.to_dict())
-    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
-  path = checkpoint.find(path)
-  _same_model(path, checkpoint.meta(path), config, tokenizer)
-  return checkpoint.restore(path, dict(params=abstract), names=("params",))["params"]
-
-
-def _same_model(path, meta, config, tokenizer):
-  _same_fields(path, meta["model"], config.model.to_dict())
-  for name, given in (("tokenizer_sha256", tokenizer.sha256), ("T", config.data.T)):
-    if name in meta and meta[name] != given and not (name == "T" and config.init_what == "params"):
-      raise run.Refused(f"{path} was trained with {name} {meta[name]}, this run has {given}")
-
-
-def _same_fields(path, theirs, ours):
-  differ = [f"{key} {theirs.get(key)} (here {ours.get(key)})"
-            for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
-  if differ:
-    raise run.Refused(f"{path} is another model: " + ", ".join(differ))
-
-
-def _meta(config, tokenizer, start):
-  return dict(model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
-              start=start, run=_run_facts(config))
-
-
-def _run_facts(config):
-  """What a resume may change only with accept_change."""
-  return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
-              batch=config.data.batch, seed=config.data.seed, loss=config.loss.z_loss)
-
-
-def _changes(before, now):
-  return [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
 
 
 def _evaluator(config, mesh, model, validation, tokenizer):
