@@ -21,6 +21,6 @@ def get_config(variant="full"):
   c.steps = 16_954  # 40B tokens (report 2.2)
   c.schedule.update(shape="linear", warmup_steps=0)  # from peak; moments are warm
   if variant == "tiny":
-    c.steps = 60
-    c.log_every, c.evaluate_every, c.save_every = 20, 60, 60
+    c.steps = 40
+    c.log_every, c.evaluate_every, c.save_every = 20, 40, 40
   return c

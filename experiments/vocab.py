@@ -13,7 +13,7 @@ from tiny_aya_jax import run
 
 
 def get_config(variant="full"):
-  """full: 262,144 pieces; small: 16,384; tiny: 4,096 from the embedded corpus."""
+  """full: 262,144 pieces; small: 8,192; tiny: 4,096 from the embedded corpus."""
   run.choose("variant", variant, ("full", "small", "tiny"))
   config = config_dict.ConfigDict()
   config.text = config_dict.placeholder(str)  # a folder of raw text, or embedded/train
@@ -28,7 +28,7 @@ def get_config(variant="full"):
   config.seed = 0  # which lines of the text are sampled
   config.overwrite = False
   if variant == "small":
-    config.size = 16_384  # ours: of a model of a few million parameters; a larger head is slower
+    config.size = 8192  # ours: of a model of a few million parameters; a larger head is slower
     config.bytes = 200_000_000  # ours: about 2 GB of memory
     config.character_coverage = 0.9995  # ours: SentencePiece's default; Han would fill the rest
   if variant == "tiny":

@@ -45,7 +45,7 @@ if [ "$size" = tiny ]; then
   stage train sft.py:tiny "$out/sft" init_from="$out/cooldown" "${rows[@]/rows\/train/rows/sft}"
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
     tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')"
-  model=$out/sft prompt="Deutsch: Montag, Dienstag"
+  model=$out/sft prompt="Friday, Saturday, Sunday,"
 else
   stage vocab vocab.py:small "$out" text="$text"
   stage pack pack.py:small "$out/rows" text="$text" tokenizer="$tokenizer"

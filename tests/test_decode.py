@@ -122,7 +122,7 @@ def test_banned_ids_are_never_chosen(cfg, params, prompts, greedy):
     ([], 1, "at least one token"),
     ([[1], []], 1, "at least one token"),
     ([[1]], 0, "steps is 0"),
-    ([[1, 38], [-2]], 1, r"ids \[-2, 38\], the embedding has rows 0 to 37"),
+    ([[1, 38], [-2]], 1, r"ids \[-2, 38\], the table has rows 0 to 37"),
   ],
 )
 def test_what_cannot_be_continued_is_refused(cfg, params, prompts, steps, sentence):

@@ -33,7 +33,7 @@ def generate(
     raise run.Refused(f"steps is {steps}: expected at least one token to generate")
   odd = {token for prompt in prompts for token in prompt if not 0 <= token < cfg.V}
   if odd:  # a lookup would clamp them without a word
-    raise run.Refused(f"prompts hold the ids {sorted(odd)[:3]}, the embedding has rows 0 to {cfg.V - 1}")
+    raise run.Refused(f"prompts hold ids {sorted(odd)[:3]}, the table has rows 0 to {cfg.V - 1}")
   length_B = np.array([len(prompt) for prompt in prompts])
   prompt_BS = np.zeros((len(prompts), length_B.max()), np.int32)
   for row, prompt in enumerate(prompts):

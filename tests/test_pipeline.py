@@ -1,0 +1,99 @@
+"""The main job, as a newcomer runs it: every stage of pipeline.sh tiny, and again, and elsewhere."""
+
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from tiny_aya_jax.train import metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pipeline(out):
+  environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+  return subprocess.run(
+      ["bash", "launch/pipeline.sh", "tiny"], cwd=ROOT, env=environment | dict(OUT=str(out)),
+      capture_output=True, text=True, check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pipeline")
+  done = pipeline(folder)
+  assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+  (folder / "stdout").write_text(done.stdout)
+  return folder
+
+
+def test_it_says_where_everything_is(out):
+  last = (out / "stdout").read_text().splitlines()[-3:]
+  for line, name in zip(last, ("report.html", "checkpoints", "huggingface")):
+    assert line.endswith(name) and pathlib.Path(line.split()[-1]).exists()
+
+
+def test_every_language_is_learned_and_reported(out):
+  result = json.loads((out / "report" / "evaluation.json").read_text())
+  columns = result["bits_per_byte"]
+  assert list(columns) == ["untrained", "pretrain", "cooldown", "sft"]
+  assert all(len(column) == 70 for column in columns.values())
+  assert all(columns["cooldown"][code] < columns["untrained"][code] - 1 for code in columns["cooldown"])
+  assert result["summary"]["cooldown"]["mean"] < result["summary"]["pretrain"]["mean"]
+  page = (out / "report" / "report.html").read_text()
+  assert page.count("<tr><td>") >= 70 and "http" not in page
+
+
+def test_sft_learns_the_answers(out):
+  losses = [row["loss"] for row in metrics.read(out / "sft" / "metrics.jsonl") if "loss" in row]
+  assert losses[-1] < losses[0]
+
+
+def test_running_it_again_trains_nothing_and_changes_nothing(out):
+  before = {path: path.stat().st_mtime_ns for path in (out / "huggingface").iterdir()}
+  steps = sorted((out / "pretrain" / "checkpoints").iterdir())
+  started = time.monotonic()
+  done = pipeline(out)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.count("up to date") >= 5
+  assert "step 20/" not in done.stdout
+  assert {path: path.stat().st_mtime_ns for path in (out / "huggingface").iterdir()} == before
+  assert sorted((out / "pretrain" / "checkpoints").iterdir()) == steps
+  assert time.monotonic() - started < 300
+
+
+def test_transformers_loads_the_folder_and_says_the_same(out):
+  torch = pytest.importorskip("torch", reason="the parity extra; launch/check.sh installs it")
+  transformers = pytest.importorskip("transformers", reason="the parity extra")
+  import jax
+
+  from tiny_aya_jax.data import chat, tokenizer as tokenizers
+  from tiny_aya_jax.export import huggingface
+  from tiny_aya_jax.model import decode
+
+  folder = out / "huggingface"
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  ours = tokenizers.load(out / "tokenizer.model")
+  messages = [dict(role="user", content="Freitag, Samstag,")]
+  ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+  assert ids == chat.prompt(ours, messages)
+  params, cfg = huggingface.read(folder)
+  (reply,) = decode.generate(jax.device_put(params), cfg, [ids], steps=12)
+  with torch.no_grad():
+    full = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
+                          eos_token_id=-1, pad_token_id=0)
+  np.testing.assert_array_equal(full[0, len(ids):].numpy(), reply)
+  parity = json.loads((folder / "parity.json").read_text())
+  assert parity["largest_logit_difference"] == 0 and parity["tensors"] == 4 * 8 + 2
+
+
+def test_a_wrong_call_is_refused():
+  for arguments in ([], ["huge"], ["small", "/nowhere/at/all"]):
+    done = subprocess.run(["bash", "launch/pipeline.sh", *arguments], cwd=ROOT, check=False,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and not done.stdout
