@@ -74,9 +74,9 @@ def small(c):
   c.data.update(batch=16, T=512, threads=1, prefetch=4)
   c.dtype = "float32"  # faster than bfloat16 on CPUs without bfloat16 units
   c.remat = "none"
-  c.loss.chunk = 64  # logits of 1,024 positions stay in the cache
+  c.loss.chunk = 32  # logits of 512 positions stay in the cache
   c.optimizer.adamw.b2 = 0.99  # small batches: a longer memory
-  c.schedule.update(peak=3e-3, warmup_steps=60, decay_steps=250)
+  c.schedule.update(peak=3e-3, warmup_steps=60)
   c.steps = 800
   c.log_every, c.evaluate_every, c.save_every = 20, 10_000, 200
 
@@ -87,6 +87,6 @@ def tiny(c):
   c.data.update(batch=16, T=256)
   c.dtype = "float32"  # faster than bfloat16 on CPUs without bfloat16 units
   c.loss.chunk = 64  # logits of 1,024 positions stay in the cache
-  c.schedule.update(peak=4e-3, warmup_steps=20, decay_steps=0)
+  c.schedule.update(peak=4e-3, warmup_steps=20)
   c.steps = 160
   c.log_every, c.evaluate_every, c.save_every = 20, 160, 80

@@ -51,10 +51,11 @@ else
   stage pack pack.py:small "$out/rows" text="$text" tokenizer="$tokenizer"
   stage pack pack.py:small "$out/rows" text="$validation" stage=validation tokenizer="$tokenizer"
   stage train pretrain.py:small "$out/pretrain" "${rows[@]}"
-  stage evaluate evaluate.py "$out/report" rows="$out/rows/validation" tokenizer="$tokenizer" \
-    checkpoints="('$out/pretrain',)" baselines.train_text="$text" \
-    baselines.validation_text="$validation"
-  model=$out/pretrain prompt="The"
+  stage train cooldown.py:small "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
+  stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
+    tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown')" \
+    baselines.train_text="$text" baselines.validation_text="$validation"
+  model=$out/cooldown prompt="The"
 fi
 stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer"
 stage talk talk.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" prompt="$prompt"
