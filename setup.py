@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: tpu, cuda, data, export, eval, track, sweep, report, gcp, test, parity)"""
+"""pip install -e .  (extras: the keys of EXTRAS)"""
 
 from setuptools import find_packages, setup
 

@@ -24,6 +24,7 @@ def get_config(variant="full"):
   c.chunk = 512  # positions of a row whose logits exist at a time
   c.dtype = "bfloat16" if variant == "full" else "float32"
   c.attention = "chunked"
+  c.overwrite = False
   c.baselines = ConfigDict(dict(
       train_text=config_dict.placeholder(str), validation_text=config_dict.placeholder(str),
       processes=2,

@@ -1,16 +1,25 @@
+# shellcheck shell=bash
 # Sourced with the extras wanted: makes .venv if there is none, installs once per setup.py, activates.
 # PYTHON chooses the interpreter of a new .venv (3.11 or newer).
 extras=$1
-[ -d .venv ] || "${PYTHON:-python3}" -m venv .venv
+if ! [ -x .venv/bin/python ] || ! [ -e .venv/bin/activate ]; then
+  python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "refused: $python is $("$python" --version 2>&1), expected Python 3.11 or newer; set PYTHON" >&2
+    exit 65
+  }
+  "$python" -m venv --clear .venv
+fi
 # shellcheck disable=SC1091
 . .venv/bin/activate
-stamp=.venv/installed-$(printf '%s' "$extras" | tr ',' '-')
+# The stamp names the place: an environment that was moved installs again.
+stamp=.venv/installed-$(printf '%s' "$extras:$PWD" | cksum | tr ' ' '-')
 if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   echo "installing tiny_aya_jax[$extras]"
   case ",$extras," in
     # By exactly this version, and first: any range pulls gigabytes of CUDA.
-    *,parity,*) python -m pip install --quiet --disable-pip-version-check torch==2.13.0 ;;
+    *,parity,*) .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 ;;
   esac
-  python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
   touch "$stamp"
 fi

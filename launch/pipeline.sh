@@ -12,15 +12,16 @@ size=${1:-}
 case "$size" in
   tiny) ;;
   small)
-    text=$(realpath "${2:?pipeline.sh small needs TEXT, a folder of text by language}")
-    validation=$(realpath "${3:-$text/../validation}")
+    text=${2:-}
+    validation=${3:-$text/../validation}
     for folder in "$text" "$validation"; do
-      [ -d "$folder" ] || { echo "refused: $folder is not a folder" >&2; exit 65; }
-    done ;;
+      [ -d "$folder" ] || { echo "refused: '$folder' is not a folder of text by language" >&2; exit 65; }
+    done
+    text=$(realpath "$text") validation=$(realpath "$validation") ;;
   *) echo "usage: bash launch/pipeline.sh tiny | small TEXT [VALIDATION]" >&2; exit 65 ;;
 esac
+out=$(realpath -m "${OUT:-$here/runs/$size}")
 cd "$here"
-out=${OUT:-runs/$size}
 mkdir -p "$out"
 # shellcheck source=launch/environment.sh
 . launch/environment.sh "export,track"
@@ -33,7 +34,8 @@ stage() {  # stage VERB EXPERIMENT WORKDIR FIELDS...: prints what it runs, and r
 }
 
 tokenizer=$out/tokenizer.model
-rows=(data.rows="$out/rows/train" data.validation="$out/rows/validation" tokenizer="$tokenizer")
+beside=(data.validation="$out/rows/validation" tokenizer="$tokenizer")
+rows=(data.rows="$out/rows/train" "${beside[@]}")
 
 if [ "$size" = tiny ]; then
   stage vocab vocab.py:tiny "$out"
@@ -42,7 +44,8 @@ if [ "$size" = tiny ]; then
   stage pack pack.py:tiny_sft "$out/rows" tokenizer="$tokenizer"
   stage train pretrain.py:tiny "$out/pretrain" "${rows[@]}"
   stage train cooldown.py:tiny "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
-  stage train sft.py:tiny "$out/sft" init_from="$out/cooldown" "${rows[@]/rows\/train/rows/sft}"
+  stage train sft.py:tiny "$out/sft" init_from="$out/cooldown" data.rows="$out/rows/sft" \
+    "${beside[@]}"
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
     tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')"
   model=$out/sft prompt="Friday, Saturday, Sunday,"

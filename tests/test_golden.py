@@ -84,8 +84,8 @@ def test_no_schedule_is_another_under_a_second_name():
   config = run.load_config(str(pathlib.Path(__file__).parents[1] / "experiments/pretrain.py")).schedule
   config.update(warmup_steps=5, decay_steps=20, peak=1.0)
   curves = set()
-  for shape in optimizer.SHAPES:
+  for shape in door.SHAPES:
     config.shape = shape
     rate = optimizer.schedule(config, steps=100)
     curves.add(tuple(float(rate(step)) for step in range(0, 100, 9)))
-  assert len(curves) == len(optimizer.SHAPES)
+  assert len(curves) == len(door.SHAPES)

@@ -96,4 +96,4 @@ def test_a_wrong_call_is_refused():
   for arguments in ([], ["huge"], ["small", "/nowhere/at/all"]):
     done = subprocess.run(["bash", "launch/pipeline.sh", *arguments], cwd=ROOT, check=False,
                           capture_output=True, text=True)
-    assert done.returncode != 0 and not done.stdout
+    assert done.returncode == 65 and not done.stdout

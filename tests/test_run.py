@@ -40,6 +40,7 @@ def test_help_lists_every_verb(capsys):
     (["train", PRETRAIN, "--workdir=w", "--config.data=3"], "is a group of fields"),
     (["train", PRETRAIN, "--workdir=w", "--config.steps=three"], "three"),
     (["train", PRETRAIN, "--workdir=w", "--workdir=v"], "given twice"),
+    (["train", PRETRAIN, "--workdir=gs://bucket/run"], "is remote"),
     (["train", PRETRAIN, "--workdir=w", "stray"], "not of the form --name=value"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said):
@@ -59,6 +60,11 @@ def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said)
     ("init_what", "param", "did you mean 'params'?"),
     ("init_from", "nowhere", "nowhere does not exist"),
     ("steps", "0", "expected at least 1"),
+    ("data.batch", "0", "config.data.batch is 0"),
+    ("loss.chunk", "0", "config.loss.chunk is 0"),
+    ("mesh.context", "0", "config.mesh.context is 0"),
+    ("stop_after", "-1", "config.stop_after is -1"),
+    ("profile", "(5,)", "expected () or (start, stop)"),
     ("schedule.decay_steps", "9999999", "do not fit"),
 ])
 def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, value, said):

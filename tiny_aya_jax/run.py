@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ def parse(argv, verbs_without_workdir=()):
     raise Refused(f"{verb} needs --workdir=DIR, the folder it writes to")
   config = load_config(given.pop("config"))
   workdir = given.pop("workdir", None)
+  if workdir and "://" in workdir:  # pathlib would make a local folder of that name
+    raise Refused(f"--workdir={workdir} is remote: mount the bucket (gcsfuse) and give its path")
   override(config, {name.removeprefix("config."): value for name, value in given.items()})
   return config, pathlib.Path(workdir) if workdir else None
 
@@ -184,6 +187,8 @@ def up_to_date(record, inputs, overwrite):
 def provenance(config):
   """What produced a result: config text, git revision and diff, versions, command, time."""
   def git(*command):
+    if not shutil.which("git"):
+      return None
     root = pathlib.Path(__file__).parent
     found = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else None

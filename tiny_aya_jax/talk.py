@@ -13,6 +13,9 @@ def main(config, workdir):
   """Reads config.checkpoint's params and meta; a line is a turn, an empty line starts over."""
   if not config.checkpoint or not config.tokenizer:
     raise run.Refused("talk needs config.checkpoint (a workdir or a step) and config.tokenizer")
+  if config.temperature < 0 or not 0 < config.top_p <= 1:
+    raise run.Refused(f"temperature {config.temperature} must be at least 0, top_p {config.top_p} "
+                      "above 0 and at most 1")
   path, tokenizer = checkpoint.find(config.checkpoint), tokenizers.load(config.tokenizer)
   params, meta = checkpoint.restore_params(path)
   if meta["tokenizer_sha256"] != tokenizer.sha256:

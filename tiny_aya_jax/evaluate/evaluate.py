@@ -1,6 +1,7 @@
 """VERB evaluate: checkpoints in, bits per byte per language out: one JSON, one page, one table.
 
-Reads only a checkpoint's params and meta. Every validation row is counted once. Averages hide the
+Reads a checkpoint's params and meta; bits per byte before training come from the first workdir's
+metrics, if it began from scratch. Every validation row is counted once. Averages hide the
 languages this project exists for, so the page has one line a language, grouped by region.
 """
 
@@ -14,6 +15,7 @@ from tiny_aya_jax import axes, languages, run
 from tiny_aya_jax.data import loader, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import baselines, report
 from tiny_aya_jax.model import bits
+from tiny_aya_jax.model.attention import BACKENDS
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import checkpoint, metrics
 
@@ -23,6 +25,13 @@ def main(config, workdir):
   if not config.rows or not config.tokenizer or not config.checkpoints:
     raise run.Refused("evaluate needs config.rows (packed validation), config.tokenizer and "
                       "config.checkpoints, a tuple of workdirs or checkpoint folders")
+  names = [pathlib.Path(given).resolve().name for given in config.checkpoints]
+  if len(set(names)) < len(names):
+    raise run.Refused(f"config.checkpoints are named {names}: two of one name would be one column")
+  if bool(config.baselines.train_text) != bool(config.baselines.validation_text):
+    raise run.Refused("baselines need both train_text and validation_text, or neither")
+  run.choose("config.attention", config.attention, BACKENDS)
+  run.choose("config.dtype", config.dtype, ("float32", "bfloat16"))
   manifests = loader.read_manifests(config.rows)
   tokenizer = tokenizers.load(config.tokenizer)
   paths = [checkpoint.find(path) for path in config.checkpoints]
@@ -33,6 +42,13 @@ def main(config, workdir):
   if config.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
     raise run.Refused(f"a batch of {config.batch} rows does not split over {mesh.size} devices")
 
+  inputs = run.fingerprint([
+      names, [checkpoint.meta(path)["fingerprints"]["params"] for path in paths],
+      [manifest["sha256"] for manifest in manifests], config.baselines.to_dict(), config.dtype,
+  ])
+  if run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite):
+    run.say(f"{workdir / 'report.html'}: up to date")
+    return
   beside = {}
   if config.baselines.train_text:
     beside["baselines"] = baselines.table(
@@ -40,14 +56,14 @@ def main(config, workdir):
         config.baselines.processes,
     )
   columns = {}
-  for given, path in zip(config.checkpoints, paths):
-    name = pathlib.Path(given).resolve().name
+  for given, name, path in zip(config.checkpoints, names, paths):
     before = _untrained(given)
     if before and not columns:
       columns["untrained"] = before
     columns[name] = bits_per_byte(path, manifests, tokenizer, mesh, config)
   result = dict(
-      checkpoints={name: str(path) for name, path in zip(config.checkpoints, paths)},
+      inputs=inputs,
+      checkpoints={name: str(path) for name, path in zip(names, paths)},
       rows=config.rows, tokenizer_sha256=tokenizer.sha256, bytes=_bytes(manifests),
       bits_per_byte=columns,
       summary={name: _summary(column) for name, column in columns.items()},
@@ -70,9 +86,8 @@ def same_tokenizer(path, sha256, tokenizer):
 
 def bits_per_byte(path, manifests, tokenizer, mesh, config):
   """{language: bits per byte} of one checkpoint over all rows of the manifests."""
-  params, meta = checkpoint.restore_params(path)
+  params, meta = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
   cfg = ml_collections.ConfigDict(meta["model"])
-  params = jax.device_put(params, axes.shardings(mesh, params))
   with jax.set_mesh(mesh):
     model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention)
     codes = [manifest["language"] for manifest in manifests]
@@ -86,7 +101,7 @@ def bits_per_byte(path, manifests, tokenizer, mesh, config):
 def _untrained(workdir):
   """Bits per byte at step 0, from the training run's own metrics; None for a fork or a bare step."""
   for row in metrics.read(pathlib.Path(workdir) / "metrics.jsonl"):
-    if "evaluation" in row and row["step"] == 0:
+    if "evaluation" in row and row.get("from") == "scratch" and row["step"] == 0:
       return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}
   return None
 

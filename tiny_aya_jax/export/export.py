@@ -30,15 +30,20 @@ def main(config, workdir):
   if meta["tokenizer_sha256"] != tokenizer.sha256:
     raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
                       f"{config.tokenizer} is {tokenizer.sha256[:12]}")
+  if pathlib.PurePath(config.name).name != config.name:
+    raise run.Refused(f"config.name is {config.name!r}, expected the plain name of a new folder")
   folder = pathlib.Path(workdir) / config.name
+  if folder.exists() and not (folder / "parity.json").exists():
+    raise run.Refused(f"{folder} exists and is no export: give another config.name")
   inputs = run.fingerprint([meta["fingerprints"]["params"], tokenizer.sha256, config.dtype])
   if run.up_to_date(folder / "parity.json", inputs, config.overwrite):
     run.say(f"{folder}: up to date")
     return
   params, meta = checkpoint.restore_params(path)
   cfg = ml_collections.ConfigDict(meta["model"])
-  whole = folder.with_name(f".{folder.name}.new")
-  shutil.rmtree(whole, ignore_errors=True)
+  staging = folder.with_name(f".{folder.name}.new")  # what a killed export leaves is in here
+  shutil.rmtree(staging, ignore_errors=True)
+  whole = staging / folder.name
   huggingface.write(whole, params, cfg, tokenizer, dtype=config.dtype)
   parity = prove(whole, params, cfg, config.dtype)
   run.write_json(whole / "parity.json", dict(inputs=inputs, **parity))
@@ -46,6 +51,7 @@ def main(config, workdir):
   if folder.exists():
     shutil.rmtree(folder)
   os.replace(whole, folder)
+  staging.rmdir()
   run.say(f"exported {path} to {folder}: read back, logits differ by "
           f"{parity['largest_logit_difference']:.1e} at most ({config.dtype})")
 
@@ -77,7 +83,6 @@ def prove(folder, params, cfg, dtype):
 
 
 def _card(cfg, meta, parity, config):
-  parameters = parity["tensors"]
   return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -85,7 +90,7 @@ pipeline_tag: text-generation
 # {config.name}
 
 A Cohere2-shaped multilingual model trained with tiny_aya_jax, step {meta["step"]}: {4 * cfg.L} layers,
-width {cfg.D}, vocabulary {cfg.V:,}, context {meta["T"]}. {parameters} tensors in {config.dtype}.
+width {cfg.D}, vocabulary {cfg.V:,}, context {meta["T"]}. {parity["tensors"]} tensors in {config.dtype}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

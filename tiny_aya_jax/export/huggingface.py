@@ -168,7 +168,7 @@ def config_out(cfg, tokenizer, dtype):
       layer_norm_eps=cfg.norm_epsilon,
       layer_types=_layer_types(4 * cfg.L),
       logit_scale=cfg.logit_scale,
-      max_position_embeddings=8192,  # trained and tested length (tiny_aya.md 1.1)
+      max_position_embeddings=8192,  # the released models' (tiny_aya.md 1.1)
       num_attention_heads=cfg.N,
       num_hidden_layers=4 * cfg.L,
       num_key_value_heads=cfg.K,

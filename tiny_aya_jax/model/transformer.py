@@ -24,7 +24,6 @@ from tiny_aya_jax.model.attention import attention, ring_write
 
 BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # one period: HF layers 4l .. 4l+3
 normal = nn.initializers.normal(0.02)  # SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's: unpublished
-REMAT = ("none", "full")
 
 
 class TinyAya(nn.Module):

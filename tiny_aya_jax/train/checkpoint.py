@@ -33,7 +33,9 @@ def save(workdir, step, items, *, keep):
     ocp.save_checkpointables(folder / str(step), items, overwrite=True)
   if jax.process_index() == 0:
     for old in steps(workdir)[:-keep]:
-      shutil.rmtree(folder / str(old))
+      (folder / str(old)).rename(folder / f"{old}.old")  # half a deletion is no checkpoint
+    for stale in folder.glob("*.old"):
+      shutil.rmtree(stale)
 
 
 def steps(workdir):
@@ -65,29 +67,33 @@ def restore_data(path):
 
 
 def restore(path, abstract, names=TREES):
-  """Reads the trees in `names`, and data and meta, verified against their fingerprints.
+  """Reads the trees in `names`, and meta, verified against their fingerprints.
 
   abstract: {name: tree of jax.ShapeDtypeStruct, with shardings to read straight into shards}.
   Refuses other paths, shapes or dtypes than the checkpoint holds (nothing is cast silently), and
   arrays that are not what was saved.
   """
   path, facts = find(path), meta(path)
-  present = {"data"} if (find(path) / "data").exists() else set()
   for name in names:
     _compare(path, name, abstract[name], facts)
-  items = _load(path, {name: abstract[name] for name in names} | dict.fromkeys(present | {"meta"}))
+  items = _load(path, {name: abstract[name] for name in names} | dict(meta=None))
   for name in names:
     _check(path, name, items[name], facts)
   return items
 
 
-def restore_params(path):
-  """(params as fp32 NumPy arrays, meta) of a checkpoint: all that later stages read."""
+def restore_params(path, shardings=None):
+  """(params, meta) of a checkpoint: all that later stages read.
+
+  shardings: tree -> shardings of its leaves, to read straight into shards; None: one device.
+  """
   path = find(path)
   with _context():
     described = ocp.checkpointables_metadata(path).metadata["params"]
+  placed = shardings(described) if shardings else jax.tree.map(lambda _: _here(), described)
   abstract = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_here()), described
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      described, placed,
   )
   items = restore(path, dict(params=abstract), names=("params",))
   return items["params"], items["meta"]

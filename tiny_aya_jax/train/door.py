@@ -13,6 +13,7 @@ MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale
 REMAT = ("none", "full")
 BACKENDS = ("reference", "chunked")
 DTYPES = ("float32", "bfloat16")
+SHAPES = ("wsd", "cosine", "linear")
 
 
 def main(config, workdir):
@@ -57,7 +58,11 @@ def check(config):
 def plan(config, manifests):
   """The run's plan: config.data.plan, a file, or the rule of config.data.mixture over the rows."""
   if config.data.plan:
-    return run.read_json(config.data.plan, "config.data.plan")
+    given = run.read_json(config.data.plan, "config.data.plan")
+    want = dict(T=config.data.T, tokenizer_sha256=manifests[0]["tokenizer_sha256"], version=1)
+    if any(given.get(key) != value for key, value in want.items()) or not given.get("segments"):
+      raise run.Refused(f"{config.data.plan} is no plan for these rows: expected {want}")
+    return given
   return mixture.plan(manifests, config.data.mixture.to_dict())
 
 
@@ -65,15 +70,27 @@ def _fields(config):
   run.choose("config.remat", config.remat, REMAT)
   run.choose("config.attention", config.attention, BACKENDS)
   run.choose("config.dtype", config.dtype, DTYPES)
-  run.choose("config.schedule.shape", config.schedule.shape, ("wsd", "cosine", "linear"))
+  run.choose("config.schedule.shape", config.schedule.shape, SHAPES)
   run.choose("config.init_what", config.init_what, ("params", "state"))
   if not config.data.rows:
     raise run.Refused("config.data.rows is not set: give the folder of packed rows")
   if not config.tokenizer:
     raise run.Refused("config.tokenizer is not set: give tokenizer.model or tokenizer.json")
-  for name in ("steps", "accumulate", "save_every", "evaluate_every", "log_every", "keep"):
-    if config[name] < 1:
-      raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
+  least = {"data.batch": 1, "data.T": 2, "data.threads": 1, "data.prefetch": 1, "loss.chunk": 1,
+           "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
+           "schedule.peak": 0, "schedule.final": 0, "optimizer.clip": 0}
+  least |= dict.fromkeys(
+      ("steps", "accumulate", "save_every", "evaluate_every", "log_every", "keep", "unroll"), 1)
+  for name, smallest in least.items():
+    group, _, field = name.rpartition(".")
+    value = (config[group] if group else config)[field]
+    if value < smallest:
+      raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
+  if config.stop_after is not None and config.stop_after < 1:
+    raise run.Refused(f"config.stop_after is {config.stop_after} seconds, expected at least 1")
+  profile = tuple(config.profile)
+  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+    raise run.Refused(f"config.profile is {profile}, expected () or (start, stop) steps")
   if config.init_from and not pathlib.Path(config.init_from).exists():
     raise run.Refused(f"config.init_from: {config.init_from} does not exist")
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
@@ -92,6 +109,9 @@ def _sizes(config):
     raise run.Refused(f"{model.N} query heads (N) do not share {model.K} key heads (K) evenly")
   if model.H % 2:
     raise run.Refused(f"head width H={model.H} is odd; rotary positions turn pairs")
+  for axis, size in mesh.items():
+    if size < 1 and size != -1:
+      raise run.Refused(f"config.mesh.{axis} is {size}, expected at least 1, or -1 for the rest")
   for letter in "KNFV":
     if mesh.tensor > 1 and model[letter] % mesh.tensor:
       raise run.Refused(

@@ -1,7 +1,7 @@
 """metrics.jsonl, and TensorBoard when tensorboardX is installed: one JSON object a line.
 
-Readers meet each step once: on resume, lines at or after the restored step are dropped, and a line
-torn by a crash with them. Process 0 writes. NaN and infinity are written as null.
+Readers meet each step once: on resume, lines after the restored step are dropped, and a line torn by
+a crash with them; a run that begins drops them all. Process 0 writes. NaN and infinity are written as null.
 """
 
 import json
@@ -17,12 +17,12 @@ from tiny_aya_jax import run
 class Writer:
   """write({"step": 3, "loss": 2.5, "languages": {...}}): appended and flushed at once."""
 
-  def __init__(self, workdir, first_step):
+  def __init__(self, workdir, first_step, resumed):
     self.board = self.file = None
     if jax.process_index():
       return
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    kept = [row for row in read(path) if row["step"] <= first_step]
+    kept = [row for row in read(path) if row["step"] <= first_step] if resumed else []
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)

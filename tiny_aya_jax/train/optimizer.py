@@ -11,8 +11,6 @@ import optax
 
 from tiny_aya_jax.axes import letters_of
 
-SHAPES = ("wsd", "cosine", "linear")
-
 
 def schedule(config, steps, start=0):
   """optax schedule: step -> learning rate, for `steps` steps that begin at optimiser step `start`.

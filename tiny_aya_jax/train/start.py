@@ -39,14 +39,13 @@ def start(config, workdir, mesh, model, plan, tokenizer):
     return _resume(config, workdir, abstract, plan, tokenizer)
   if config.init_from and config.init_what == "state":
     return _fork(config, abstract, plan, tokenizer)
-  state = jax.jit(scratch, out_shardings=placed)(jax.random.key(config.seed))
   if config.init_from:
-    state["params"] = _initial_params(config, abstract["params"], tokenizer)
-    state["optimizer"] = jax.jit(tx.init, out_shardings=placed["optimizer"])(state["params"])
+    params = _initial_params(config, abstract["params"], tokenizer)
+    moments = jax.jit(tx.init, out_shardings=placed["optimizer"])(params)
     run.say(f"parameters from {config.init_from}, step 0")
-  else:
-    run.say(f"parameters from scratch, seed {config.seed}")
-  return state, plan, 0
+    return dict(step=jnp.int32(0), params=params, optimizer=moments), plan, 0
+  run.say(f"parameters from scratch, seed {config.seed}")
+  return jax.jit(scratch, out_shardings=placed)(jax.random.key(config.seed)), plan, 0
 
 
 def _resume(config, workdir, abstract, plan, tokenizer):
@@ -54,9 +53,8 @@ def _resume(config, workdir, abstract, plan, tokenizer):
   meta = checkpoint.meta(path)
   _same_model(path, meta, config, tokenizer)
   _same_length(path, meta, config)
-  items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
   changes = _changes(meta["run"], _facts(config))
-  data = items["data"]
+  data = checkpoint.restore_data(path)
   wanted = _follow(config, data, plan)
   if wanted["segments"][-1]["thresholds"] != data["plan"]["segments"][-1]["thresholds"]:
     changes.append("data.mixture or the rows")
@@ -67,7 +65,11 @@ def _resume(config, workdir, abstract, plan, tokenizer):
     )
   if changes:
     run.say("accepted change:", "; ".join(changes))
+  if config.data.plan:
+    data["plan"] = plan
+  elif changes:
     data["plan"] = _continue(wanted, data, config.data.batch)
+  items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
   run.say(f"resumed from {path}")
   state = dict(step=jnp.int32(meta["step"]), **{name: items[name] for name in checkpoint.TREES})
   return state, _with_paths(data["plan"], plan), meta["start"]
@@ -78,19 +80,29 @@ def _fork(config, abstract, plan, tokenizer):
   meta = checkpoint.meta(path)
   _same_model(path, meta, config, tokenizer)
   _same_length(path, meta, config)
-  items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
-  data = items["data"]
+  data = checkpoint.restore_data(path)
   forked = _follow(config, data, plan)
+  items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
   run.say(f"forked from {path}: moments, step {meta['step']} and data counters go on")
   state = dict(step=jnp.int32(meta["step"]), **{name: items[name] for name in checkpoint.TREES})
-  return state, _continue(forked, data, config.data.batch), meta["step"]
+  return state, forked if config.data.plan else _continue(forked, data, config.data.batch), meta["step"]
 
 
 def _follow(config, data, plan):
-  """The checkpoint's plan, and from its row on this run's mixture; or the file config.data.plan."""
-  if config.data.plan:
-    return plan
+  """The checkpoint's plan, and from its row on this run's mixture.
+
+  A plan file is taken as it is, if it has the same counters at the checkpoint's row.
+  """
   row = data["step"] * data["batch"]
+  if config.data.plan:
+    if mixture.counts(plan, row) != mixture.counts(data["plan"], row):
+      raise run.Refused(
+          f"{config.data.plan} does not continue the checkpoint's plan: its counters at row {row} "
+          "differ; append to the checkpoint's plan instead"
+      )
+    if data["batch"] != config.data.batch:
+      raise run.Refused("with config.data.plan the batch cannot change: rows would be skipped")
+    return plan
   return mixture.append(data["plan"], row, config.data.mixture.to_dict(), plan["sources"])
 
 
@@ -151,7 +163,8 @@ def meta(config, tokenizer, start):
 def _facts(config):
   """What a resume may change only with accept_change."""
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
-              batch=config.data.batch, seed=config.data.seed, loss=config.loss.z_loss)
+              batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
+              dtype=config.dtype)
 
 
 def _changes(before, now):

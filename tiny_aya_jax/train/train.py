@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from tiny_aya_jax import axes, run
-from tiny_aya_jax.data import loader
+from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.model import bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import checkpoint, metrics, optimizer, start
@@ -38,7 +38,7 @@ def main(config, workdir, plan, validation, tokenizer):
         config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll
     )
     state, plan, first = start.start(config, workdir, mesh, model, plan, tokenizer)
-    _record(config, workdir, mesh, model, state)
+    _record(config, workdir, mesh, model, state, tokenizer)
     rows = loader.Loader(
         plan, config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
     )
@@ -54,6 +54,8 @@ def main(config, workdir, plan, validation, tokenizer):
         ),
         donate_argnums=0,
     )
+    if not checkpoint.steps(workdir):
+      run.say("\n".join(mixture.table(plan, (first + config.steps) * config.data.batch)))
     evaluate = _evaluator(config, mesh, model, validation, tokenizer)
     meta = start.meta(config, tokenizer, first)
     return _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, first, meta)
@@ -117,7 +119,7 @@ def _microbatches(batch, accumulate):
 
 def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, start, meta):
   first, last = int(state["step"]), start + config.steps
-  writer, stop = metrics.Writer(workdir, first), _stop_signal()
+  writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
   began = since = time.monotonic()
   reports = []  # of the steps since the last line; on the devices until then
 
@@ -127,7 +129,7 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
     checkpoint.save(workdir, at, items, keep=config.keep)
 
   def log(at):
-    """Writes and prints the steps since the last line; returns whether their loss was finite."""
+    """Writes and prints the steps since the last line; returns whether they were finite."""
     window = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(reports))
     loss, grad_norm = float(window["loss"].mean()), float(window["grad_norm"].mean())
     languages = _by_language(sources, window["nats_S"].sum(0), window["tokens_S"].sum(0))
@@ -141,13 +143,14 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
         f"step {at - start}/{config.steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr "
         f"{float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s  {_extremes(languages)}"
     )
-    return math.isfinite(loss)
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
   def assess(at):
     if evaluate is not None:
       found = evaluate(state["params"])
       summary = bits.summary(found)
-      writer.write(dict(step=at, evaluation=found, summary=summary))
+      writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
+                    "summary": summary})
       run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
           **summary))
 
@@ -162,21 +165,23 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
     reports.append(report)
     done = at + 1
     ended = done == last or stop() or _time_up(config, began)
-    if (done - start) % config.log_every == 0 or ended:
+    saving = ended or (done - start) % config.save_every == 0
+    if saving or (done - start) % config.log_every == 0:  # nothing is saved before it was looked at
       finite, reports = log(done), []
       if not finite:
-        run.say(f"loss is not finite at step {done}: stopping, checkpoints stay as they are")
+        run.say(f"loss or gradient is not finite at step {done}: stopping, checkpoints stay as they are")
         writer.close()
         return run.EXIT["not_finite"]
       since = time.monotonic()
     if done == last or ((done - start) % config.evaluate_every == 0 and not ended):
       assess(done)
       since = time.monotonic()
-    if (done - start) % config.save_every == 0 or ended:
+    if saving:
       save(done)
       since = time.monotonic()
     if ended:
       break
+  _profile(config, workdir, None)
   writer.close()
   if first < last and done < last:
     run.say(f"stopped at step {done}, saved: run the same command again to continue")
@@ -225,7 +230,7 @@ def _check_batch(config, mesh):
     )
 
 
-def _record(config, workdir, mesh, model, state):
+def _record(config, workdir, mesh, model, state, tokenizer):
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
   embedding = state["params"]["embedding_VD"].size
   run.say(
@@ -234,8 +239,14 @@ def _record(config, workdir, mesh, model, state):
       f"{model.backend}, remat {model.remat}"
   )
   if jax.process_index() == 0:
-    run.write_json(workdir / "run.json", run.provenance(config) | dict(
-        parameters=parameters, devices=[str(mesh.devices.flat[0].device_kind), mesh.size]))
+    record = run.provenance(config) | dict(
+        parameters=parameters, devices=[str(mesh.devices.flat[0].device_kind), mesh.size],
+        tokenizer_sha256=tokenizer.sha256, from_step=int(state["step"]),
+    )
+    path = workdir / "run.json"  # the newest start first, the earlier ones kept
+    earlier = run.read_json(path, "run record") if path.exists() else None
+    starts = [earlier, *earlier.pop("earlier")] if earlier else []
+    run.write_json(path, record | dict(earlier=starts))
     (workdir / "config.txt").write_text(str(config) + "\n", encoding="utf-8")
 
 
@@ -271,8 +282,15 @@ def _time_up(config, began):
 
 
 def _profile(config, workdir, step):
-  """Traces steps [start, stop) of the run to workdir/profile."""
-  if tuple(config.profile) and step == config.profile[0]:
+  """Traces steps [start, stop) of the run to workdir/profile; step None is the end of the run."""
+  if not config.profile:
+    return
+  if step == config.profile[0]:
     jax.profiler.start_trace(os.fspath(workdir / "profile"))
-  elif tuple(config.profile) and step == config.profile[1]:
+    _TRACING.append(step)
+  elif _TRACING and step in (config.profile[1], None):
     jax.profiler.stop_trace()
+    _TRACING.clear()
+
+
+_TRACING = []  # the step a trace began at, while one runs
