@@ -9,7 +9,7 @@ EXTRAS = dict(
     export=["safetensors", "tokenizers"],
     track=["tensorboardX"],
     gcp=["gcsfs"],
-    test=["pytest", "hypothesis", "jinja2"],
+    test=["pytest", "jinja2", "zstandard"],
     # Installed first and by exactly this version: any range pulls gigabytes of CUDA.
     parity=["torch==2.13.0", "transformers==5.17.0"],
 )

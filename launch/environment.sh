@@ -23,3 +23,6 @@ if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
   touch "$stamp"
 fi
+# glibc: keep freed memory for the next step. XLA on CPU frees a step's temporaries and asks for them
+# again: half a million page faults a step, 18% of its time. No effect on an accelerator's memory.
+export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776

@@ -195,7 +195,7 @@ def test_without_text_the_full_variant_says_what_to_give(tmp_path):
 
 def test_every_variant_says_its_size():
   sizes = {v: run.load_config(f"{EXPERIMENT}:{v}").size for v in ("full", "small", "tiny")}
-  assert sizes == dict(full=262_144, small=32_768, tiny=4096)
+  assert sizes == dict(full=262_144, small=8192, tiny=4096)
   with pytest.raises(run.Refused, match="did you mean 'tiny'"):
     run.load_config(f"{EXPERIMENT}:tin")
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 64  # least queries a block of `chunked`: the fastest of 32..256 on CPU at T=512
-BLOCKS = 16  # most blocks of `chunked`: each is compiled by itself, and a long row has long blocks
+MOST_BLOCKS = 16  # of `chunked`: each is compiled by itself, so the blocks of a long row are longer
 
 
 def attention(
@@ -46,7 +46,7 @@ def chunked(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, positio
   """
   T = q_BTNH.shape[1]
   q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
-  chunk, attend = max(CHUNK, -(-T // BLOCKS)), jax.checkpoint(_attend, prevent_cse=False)
+  chunk, attend = max(CHUNK, -(-T // MOST_BLOCKS)), jax.checkpoint(_attend, prevent_cse=False)
   blocks = []
   for start in range(0, T, chunk):
     query = slice(start, min(start + chunk, T))
