@@ -11,6 +11,7 @@ speed. One sequence a chip (batch 16, fsdp 16) is how a pretraining step sees th
 import argparse
 import collections
 import os
+import pathlib
 import re
 import time
 
@@ -27,27 +28,13 @@ import importlib.metadata
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.model import transformer
 
-# tiny-aya-global's config.json (tiny_aya.md 1.1)
-MODEL = dict(
-  D=2048,
-  N=16,
-  K=4,
-  H=128,
-  F=11008,
-  V=262144,
-  L=9,
-  window=4096,
-  rope_theta=50000.0,
-  logit_scale=1.0,
-  norm_epsilon=1e-5,
-)
+PRETRAIN = str(pathlib.Path(__file__).parents[1] / "experiments" / "pretrain.py")
 COLLECTIVES = (
   r"= \S.*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -83,8 +70,7 @@ def parse():
 
 def lower(mesh, B, T):
   """tokens [B, T] -> hidden states [B, T, D] in bfloat16, parameters fp32 and sharded by name."""
-  cfg = ml_collections.ConfigDict(MODEL)
-  model = transformer.TinyAya(cfg, dtype=jnp.bfloat16, backend="chunked")
+  model = transformer.TinyAya(run.load_config(PRETRAIN).model, dtype=jnp.bfloat16, backend="chunked")
   rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
   token_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
   params = jax.eval_shape(  # the key inside: these devices cannot run anything
