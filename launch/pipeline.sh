@@ -2,7 +2,7 @@
 # Every stage in order, from text to a Hugging Face folder that talks.
 #
 #   bash launch/pipeline.sh tiny                       the embedded corpus; minutes on two cores
-#   bash launch/pipeline.sh small TEXT [VALIDATION]    real text; an hour or more on two cores
+#   bash launch/pipeline.sh small TEXT [VALIDATION]    real text; about 45 minutes on two cores
 #
 # TEXT holds <code>.txt.gz or <code>/... of each language; VALIDATION defaults to TEXT/../validation.
 # Results go to $OUT (default runs/tiny, runs/small). Running it again continues where it stopped.

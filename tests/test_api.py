@@ -3,6 +3,7 @@
 A change here is a change of contract: do it on purpose, and say so.
 """
 
+import dataclasses
 import inspect
 
 from tiny_aya_jax import axes, languages
@@ -53,5 +54,6 @@ def test_a_tokenizer_has_what_the_contract_names():
 
 def test_the_model_is_made_from_a_config_alone():
   fields = transformer.TinyAya.__dataclass_fields__
-  required = [name for name, field in fields.items() if field.init and field.name == "cfg"]
+  required = [name for name, field in fields.items() if field.default is dataclasses.MISSING
+              and field.default_factory is dataclasses.MISSING and name != "parent"]
   assert required == ["cfg"]

@@ -41,6 +41,7 @@ def test_help_lists_every_verb(capsys):
     (["train", PRETRAIN, "--workdir=w", "--config.steps=three"], "three"),
     (["train", PRETRAIN, "--workdir=w", "--workdir=v"], "given twice"),
     (["train", PRETRAIN, "--workdir=gs://bucket/run"], "is remote"),
+    (["train", "--config=README.md", "--workdir=w"], "expected a Python file"),
     (["train", PRETRAIN, "--workdir=w", "stray"], "not of the form --name=value"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said):
@@ -58,6 +59,8 @@ def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said)
     ("dtype", "float16", "unknown config.dtype"),
     ("schedule.shape", "cosin", "did you mean 'cosine'?"),
     ("init_what", "param", "did you mean 'params'?"),
+    ("init_what", "state", "config.init_from is not set"),
+    ("schedule.peak", "nan", "config.schedule.peak is nan"),
     ("init_from", "nowhere", "nowhere does not exist"),
     ("steps", "0", "expected at least 1"),
     ("data.batch", "0", "config.data.batch is 0"),

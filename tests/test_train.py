@@ -96,8 +96,10 @@ def test_a_run_killed_without_warning_resumes_to_the_same_bits(data, whole, tmp_
   process.wait()
   killed_at = checkpoint.steps(tmp_path)
   assert killed_at and killed_at[-1] < 8
-  assert subprocess.run(arguments, cwd=ROOT, check=False).returncode == 0
+  again = [*arguments, "--config.data.prefetch=1", "--config.data.threads=3"]
+  assert subprocess.run(again, cwd=ROOT, check=False).returncode == 0
   assert prints(tmp_path) == prints(whole)
+  assert checkpoint.restore_data(tmp_path) == checkpoint.restore_data(whole)
 
 
 def test_sigterm_saves_at_a_step_and_exits_75(data, tmp_path):
@@ -172,6 +174,11 @@ def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole,
       "--config.schedule.peak=0.0", "--config.schedule.final=0.0")) == 0
   assert checkpoint.steps(sft)[-1] == 2
   assert prints(sft)["params"] == prints(fork)["params"]  # a rate of 0 leaves what it started from
+
+
+def test_a_fork_that_would_read_rows_in_another_order_is_refused(data, whole, tmp_path):
+  more = (f"--config.init_from={whole}", "--config.steps=2", "--config.data.seed=9")
+  assert call("train", "cooldown.py:tiny", tmp_path, *fields(data, *more)) == 65
 
 
 def test_bits_per_byte_are_measured_per_language_and_fall(whole):

@@ -82,11 +82,16 @@ def load_config(spec):
   path, _, variant = spec.partition(":")
   if not os.path.isfile(path):
     raise Refused(f"--config names {path!r}, which is not a file")
+  if not path.endswith(".py"):
+    raise Refused(f"--config names {path!r}, expected a Python file with get_config(variant)")
   module_spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
   module = importlib.util.module_from_spec(module_spec)
   # A config may import its neighbours in experiments/, from whichever folder the verb was called.
   with _import_path(os.path.dirname(os.path.abspath(path))):
-    module_spec.loader.exec_module(module)
+    try:
+      module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+      raise Refused(f"{path} is not a config that can be read ({error})") from error
   if not hasattr(module, "get_config"):
     raise Refused(f"{path} has no get_config(variant) function")
   config = module.get_config(variant) if variant else module.get_config()

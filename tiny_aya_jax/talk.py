@@ -43,7 +43,7 @@ def main(config, workdir):
 def answer(params, cfg, tokenizer, messages, config):
   """The model's next turn as text."""
   ids = chat.prompt(tokenizer, messages)
-  specials = [id for name, id in tokenizers.SPECIALS.items() if id not in chat.stop_ids(tokenizer)]
+  specials = [id for id in tokenizer.specials.values() if id not in chat.stop_ids(tokenizer)]
   (reply,) = decode.generate(
       params, cfg, [ids], steps=config.tokens, stop_ids=chat.stop_ids(tokenizer),
       temperature=config.temperature, top_p=config.top_p, seed=config.seed,

@@ -70,8 +70,8 @@ def main(config, workdir):
       **beside,
   )
   workdir.mkdir(parents=True, exist_ok=True)
-  run.write_json(workdir / "evaluation.json", result)
   (workdir / "report.html").write_text(report.page(result), encoding="utf-8")
+  run.write_json(workdir / "evaluation.json", result)  # last: its presence says that all is there
   run.say(report.table(result))
   run.say(f"page: {workdir / 'report.html'}")
 

@@ -84,13 +84,16 @@ def _fields(config):
   for name, smallest in least.items():
     group, _, field = name.rpartition(".")
     value = (config[group] if group else config)[field]
-    if value < smallest:
+    if not value >= smallest:  # so, nan is refused too
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   if config.stop_after is not None and config.stop_after < 1:
     raise run.Refused(f"config.stop_after is {config.stop_after} seconds, expected at least 1")
   profile = tuple(config.profile)
   if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
     raise run.Refused(f"config.profile is {profile}, expected () or (start, stop) steps")
+  if config.init_what == "state" and not config.init_from:
+    raise run.Refused("config.init_what is 'state' and config.init_from is not set: name the run "
+                      "or checkpoint to fork from")
   if config.init_from and not pathlib.Path(config.init_from).exists():
     raise run.Refused(f"config.init_from: {config.init_from} does not exist")
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps

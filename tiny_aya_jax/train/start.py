@@ -81,6 +81,12 @@ def _fork(config, abstract, plan, tokenizer):
   _same_model(path, meta, config, tokenizer)
   _same_length(path, meta, config)
   data = checkpoint.restore_data(path)
+  if data["seed"] != config.data.seed and not config.data.accept_change:
+    raise run.Refused(
+        f"{path} read its rows in the order of seed {data['seed']}, config.data.seed is "
+        f"{config.data.seed}: rows would come twice; give the trunk's, or accept it with "
+        "--config.data.accept_change=True"
+    )
   forked = _follow(config, data, plan)
   items = checkpoint.restore(path, {name: abstract[name] for name in checkpoint.TREES})
   run.say(f"forked from {path}: moments, step {meta['step']} and data counters go on")
@@ -95,7 +101,7 @@ def _follow(config, data, plan):
   """
   row = data["step"] * data["batch"]
   if config.data.plan:
-    if mixture.counts(plan, row) != mixture.counts(data["plan"], row):
+    if _drawn(plan, row) != _drawn(data["plan"], row):
       raise run.Refused(
           f"{config.data.plan} does not continue the checkpoint's plan: its counters at row {row} "
           "differ; append to the checkpoint's plan instead"
@@ -104,6 +110,11 @@ def _follow(config, data, plan):
       raise run.Refused("with config.data.plan the batch cannot change: rows would be skipped")
     return plan
   return mixture.append(data["plan"], row, config.data.mixture.to_dict(), plan["sources"])
+
+
+def _drawn(plan, row):
+  """Counters of the sources drawn so far: one that joins later changes nothing before."""
+  return {name: count for name, count in mixture.counts(plan, row).items() if count}
 
 
 def _continue(plan, data, batch):

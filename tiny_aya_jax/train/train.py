@@ -131,12 +131,14 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
   def log(at):
     """Writes and prints the steps since the last line; returns whether they were finite."""
     window = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(reports))
-    loss, grad_norm = float(window["loss"].mean()), float(window["grad_norm"].mean())
+    tokens = float(window["tokens"].sum())
+    loss = float((window["loss"] * window["tokens"]).sum() / max(tokens, 1))  # one mean, over tokens
+    grad_norm = float(window["grad_norm"].mean())
     languages = _by_language(sources, window["nats_S"].sum(0), window["tokens_S"].sum(0))
     speed = len(reports) * config.data.batch * config.data.T / (time.monotonic() - since)
     writer.write(dict(
         step=at, loss=loss, grad_norm=grad_norm, learning_rate=float(rate(at - 1)),
-        tokens=float(window["tokens"].sum()), tokens_per_second=speed,
+        tokens=tokens, tokens_per_second=speed,
         seconds=time.monotonic() - began, languages=languages,
     ))
     run.say(
