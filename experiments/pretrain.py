@@ -4,9 +4,9 @@
       --config.data.rows=runs/data/train --config.data.validation=runs/data/validation \\
       --config.tokenizer=runs/vocab/tokenizer.model
 
-`small` (2.0M parameters, real text, half an hour on two cores) and `tiny` (1.3M, the embedded corpus,
-three minutes) are steps of launch/pipeline.sh; figures in experiments/LOG.md. Expected of tiny: bits per byte on
-held-out facts falls from 5.5 to about 3.
+`small` (2.0M parameters, real text, half an hour on two cores) and `tiny` (1.3M, the embedded
+corpus, three minutes) are steps of launch/pipeline.sh; figures in experiments/LOG.md. Expected of
+tiny: bits per byte on held-out facts falls from 5.5 to about 3.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -74,9 +74,9 @@ def test_no_choice_of_the_model_is_dead(cfg, params, batch):
     model = TinyAya(cfg, **settings)
     return str(jax.make_jaxpr(lambda params: model.apply({"params": params}, *rows))(params))
 
-  variants = [dict(backend=backend) for backend in door.BACKENDS]
-  variants += [dict(remat=remat) for remat in door.REMAT[1:]]
-  variants += [dict(dtype=jnp.dtype(dtype)) for dtype in door.DTYPES[1:]] + [dict(unroll=2)]
+  variants = [dict(backend=backend) for backend in run.CHOICES["attention"]]
+  variants += [dict(remat=remat) for remat in run.CHOICES["remat"][1:]]
+  variants += [dict(dtype=jnp.dtype(dtype)) for dtype in run.CHOICES["dtype"][1:]] + [dict(unroll=2)]
   assert len({program(**settings) for settings in variants}) == len(variants)
 
 

@@ -80,9 +80,20 @@ def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, 
   assert not list(tmp_path.iterdir())
 
 
-def test_the_door_does_not_import_jax(tmp_path):
-  command = [sys.executable, "-X", "importtime", "-m", "tiny_aya_jax", "train", PRETRAIN,
-             f"--workdir={tmp_path}", "--config.data.rows=nowhere", "--config.tokenizer=t"]
+@pytest.mark.parametrize("verb, fields", [
+    ("train", ("pretrain.py", "--config.data.rows=nowhere", "--config.tokenizer=t")),
+    ("evaluate", ("evaluate.py", "--config.rows=r", "--config.tokenizer=t",
+                  "--config.checkpoints=('nowhere',)")),
+    ("export", ("export.py", "--config.checkpoint=nowhere")),
+    ("talk", ("talk.py", "--config.dtype=flaot32", "--config.checkpoint=.")),
+    ("verify", ("verify.py", "--config.checkpoint=nowhere")),
+    ("bench", ("bench.py", "--config.remat=ful")),
+])
+def test_the_door_does_not_import_jax(tmp_path, verb, fields):
+  config, *fields = fields
+  command = [sys.executable, "-X", "importtime", "-m", "tiny_aya_jax", verb,
+             f"--config={ROOT / 'experiments' / config}", *fields]
+  command += [f"--workdir={tmp_path}"] if verb not in __main__.WITHOUT_WORKDIR else []
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 65
   assert "| jax" not in done.stderr.replace("tiny_aya_jax", "")

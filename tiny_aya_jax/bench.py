@@ -26,6 +26,7 @@ def main(config, workdir=None):
   from tiny_aya_jax import run
 
   run.choose("bench", config.bench, BENCHES)
+  run.choose_fields(config, "dtype", "attention", "remat")
   for side in config.against:
     run.choose("side", side, SIDES)
   train_step(config)

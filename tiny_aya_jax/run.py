@@ -48,6 +48,27 @@ def choose(what, given, choices):
   return given
 
 
+# What config.dtype, config.attention and config.remat may be, in every verb that has them.
+CHOICES = dict(
+    dtype=("float32", "bfloat16"), attention=("reference", "chunked"), remat=("none", "full"),
+)
+
+
+def choose_fields(config, *names):
+  """Refuses a config whose fields `names` are not among CHOICES."""
+  for name in names:
+    choose(f"config.{name}", config[name], CHOICES[name])
+
+
+def existing(field, path):
+  """Returns `path` if it is there; refuses one that is not set or does not exist."""
+  if not path:
+    raise Refused(f"config.{field} is not set")
+  if not os.path.exists(path):
+    raise Refused(f"config.{field}: {path} does not exist")
+  return path
+
+
 def parse(argv, verbs_without_workdir=()):
   """['VERB', '--config=FILE[:variant]', '--workdir=DIR', '--config.x=y'] -> (config, workdir).
 

@@ -1,22 +1,26 @@
 """VERB talk: chat with a checkpoint in the terminal; with config.prompt, answer once and exit."""
 
-import jax.numpy as jnp
 import ml_collections
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import chat, tokenizer as tokenizers
-from tiny_aya_jax.model import decode
-from tiny_aya_jax.train import checkpoint
+
+# What needs jax is imported behind the checks: a wrong field is refused in a second.
 
 
 def main(config, workdir):
   """Reads config.checkpoint's params and meta; a line is a turn, an empty line starts over."""
-  if not config.checkpoint or not config.tokenizer:
-    raise run.Refused("talk needs config.checkpoint (a workdir or a step) and config.tokenizer")
+  run.existing("checkpoint", config.checkpoint)
+  run.choose_fields(config, "dtype")
+  if config.tokens < 1:
+    raise run.Refused(f"config.tokens is {config.tokens}, expected at least 1")
   if config.temperature < 0 or not 0 < config.top_p <= 1:
     raise run.Refused(f"temperature {config.temperature} must be at least 0, top_p {config.top_p} "
                       "above 0 and at most 1")
-  path, tokenizer = checkpoint.find(config.checkpoint), tokenizers.load(config.tokenizer)
+  tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
+  from tiny_aya_jax.train import checkpoint
+
+  path = checkpoint.find(config.checkpoint)
   params, meta = checkpoint.restore_params(path)
   if meta["tokenizer_sha256"] != tokenizer.sha256:
     raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
@@ -42,6 +46,10 @@ def main(config, workdir):
 
 def answer(params, cfg, tokenizer, messages, config):
   """The model's next turn as text."""
+  import jax.numpy as jnp
+
+  from tiny_aya_jax.model import decode
+
   ids = chat.prompt(tokenizer, messages)
   specials = [id for id in tokenizer.specials.values() if id not in chat.stop_ids(tokenizer)]
   (reply,) = decode.generate(

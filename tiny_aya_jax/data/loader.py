@@ -43,7 +43,7 @@ class Loader:
   def __init__(self, plan, seed, batch, process=(0, 1)):
     self.plan, self.seed, self.batch = plan, seed, batch
     self.rows = _slice(batch, process)
-    manifests = [_planned(source, plan) for source in plan["sources"]]
+    manifests = [planned(source, plan) for source in plan["sources"]]
     _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
     self._manifests = manifests
     self._sources = [_in_order(manifest) for manifest in manifests]
@@ -95,7 +95,7 @@ def every_row_once(manifests, batch, process=(0, 1)):
   """
   T = _one(manifests, "T")
   for manifest in manifests:
-    _fields(manifest)
+    check_fields(manifest)
   _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
   here, sources = _slice(batch, process), [_in_order(manifest) for manifest in manifests]
   starts = np.cumsum([0, *(manifest["rows"] for manifest in manifests)])
@@ -125,10 +125,10 @@ def _slice(batch, process):
   return range(index * each, (index + 1) * each)
 
 
-def _planned(source, plan):
+def planned(source, plan):
   """The manifest of a plan's source, which must still hold the rows that were planned."""
   manifest = _manifest(local(source["path"], "the plan's rows"))
-  _fields(manifest)
+  check_fields(manifest)
   for field in ("T", "tokenizer_sha256"):
     if manifest[field] != plan[field]:
       raise run.Refused(
@@ -143,7 +143,8 @@ def _planned(source, plan):
   return manifest
 
 
-def _fields(manifest):
+def check_fields(manifest):
+  """Refuses rows with other fields than this loader reads."""
   if manifest["fields"] != FIELDS:
     raise run.Refused(
         f"{manifest['path']} has rows of the fields {manifest['fields']}, this loader reads "

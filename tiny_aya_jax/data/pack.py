@@ -156,6 +156,7 @@ def pack_source(job, config):
       run.write_json(temporary / "manifest.json", manifest)
       _replace(folder, temporary)
     else:
+      shutil.rmtree(folder, ignore_errors=True)  # with overwrite: rows of text that is gone
       run.say(f"{job.code}/{job.source}: no document to pack (dropped: {manifest['dropped']})")
   except run.Refused as refusal:
     raise run.Refused(f"{job.code}/{job.source}: {refusal}") from refusal

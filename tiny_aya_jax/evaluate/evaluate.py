@@ -7,17 +7,13 @@ languages this project exists for, so the page has one line a language, grouped 
 
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 
-from tiny_aya_jax import axes, languages, run
+from tiny_aya_jax import languages, run
 from tiny_aya_jax.data import loader, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import baselines, report
-from tiny_aya_jax.model import bits
-from tiny_aya_jax.model.attention import BACKENDS
-from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import checkpoint, metrics
+
+# What needs jax is imported behind the checks: a wrong field is refused in a second.
 
 
 def main(config, workdir):
@@ -30,10 +26,18 @@ def main(config, workdir):
     raise run.Refused(f"config.checkpoints are named {names}: two of one name would be one column")
   if bool(config.baselines.train_text) != bool(config.baselines.validation_text):
     raise run.Refused("baselines need both train_text and validation_text, or neither")
-  run.choose("config.attention", config.attention, BACKENDS)
-  run.choose("config.dtype", config.dtype, ("float32", "bfloat16"))
+  run.choose_fields(config, "attention", "dtype")
+  least = dict(chunk=config.chunk, batch=config.batch)
+  for name, value in (least | {"baselines.processes": config.baselines.processes}).items():
+    if value < 1:
+      raise run.Refused(f"config.{name} is {value}, expected at least 1")
+  for path in config.checkpoints:
+    run.existing("checkpoints", path)
   manifests = loader.read_manifests(config.rows)
   tokenizer = tokenizers.load(config.tokenizer)
+  from tiny_aya_jax import axes
+  from tiny_aya_jax.train import checkpoint
+
   paths = [checkpoint.find(path) for path in config.checkpoints]
   for path in paths:
     same_tokenizer(path, checkpoint.meta(path)["tokenizer_sha256"], tokenizer)
@@ -86,6 +90,14 @@ def same_tokenizer(path, sha256, tokenizer):
 
 def bits_per_byte(path, manifests, tokenizer, mesh, config):
   """{language: bits per byte} of one checkpoint over all rows of the manifests."""
+  import jax
+  import jax.numpy as jnp
+
+  from tiny_aya_jax import axes
+  from tiny_aya_jax.model import bits
+  from tiny_aya_jax.model.transformer import TinyAya
+  from tiny_aya_jax.train import checkpoint
+
   params, meta = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
   cfg = ml_collections.ConfigDict(meta["model"])
   with jax.set_mesh(mesh):
@@ -100,6 +112,8 @@ def bits_per_byte(path, manifests, tokenizer, mesh, config):
 
 def _untrained(workdir):
   """Bits per byte at step 0, from the training run's own metrics; None for a fork or a bare step."""
+  from tiny_aya_jax.train import metrics
+
   for row in metrics.read(pathlib.Path(workdir) / "metrics.jsonl"):
     if "evaluation" in row and row.get("from") == "scratch" and row["step"] == 0:
       return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}

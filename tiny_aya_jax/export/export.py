@@ -4,34 +4,38 @@ The folder appears only when it is whole: weights, tokenizer, chat template, mod
 parity.json, the proof that what was written is what was trained.
 """
 
+import importlib.util
 import os
 import pathlib
 import shutil
 
-import jax
 import ml_collections
 import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
-from tiny_aya_jax.export import huggingface
-from tiny_aya_jax.model.transformer import TinyAya, logits
-from tiny_aya_jax.train import checkpoint
 
+# What needs jax is imported behind the checks: a wrong field is refused in a second.
 PROBE_TOKENS = 64
 
 
 def main(config, workdir):
   """Writes workdir/<config.name> from config.checkpoint; refuses when the proof fails."""
-  if not config.checkpoint or not config.tokenizer:
-    raise run.Refused("export needs config.checkpoint (a workdir or a step) and config.tokenizer")
-  path, tokenizer = checkpoint.find(config.checkpoint), tokenizers.load(config.tokenizer)
+  run.existing("checkpoint", config.checkpoint)
+  run.choose("config.dtype", config.dtype, ("bfloat16", "float16", "float32"))
+  if pathlib.PurePath(config.name).name != config.name:
+    raise run.Refused(f"config.name is {config.name!r}, expected the plain name of a new folder")
+  if importlib.util.find_spec("safetensors") is None:
+    raise run.Refused("export needs the safetensors package: pip install 'tiny_aya_jax[export]'")
+  tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
+  from tiny_aya_jax.export import huggingface
+  from tiny_aya_jax.train import checkpoint
+
+  path = checkpoint.find(config.checkpoint)
   meta = checkpoint.meta(path)
   if meta["tokenizer_sha256"] != tokenizer.sha256:
     raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
                       f"{config.tokenizer} is {tokenizer.sha256[:12]}")
-  if pathlib.PurePath(config.name).name != config.name:
-    raise run.Refused(f"config.name is {config.name!r}, expected the plain name of a new folder")
   folder = pathlib.Path(workdir) / config.name
   if folder.exists() and not (folder / "parity.json").exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
@@ -61,6 +65,11 @@ def prove(folder, params, cfg, dtype):
 
   Returns {"tensors", "largest_logit_difference" (fp32, random tokens)}; refuses what differs.
   """
+  import jax
+
+  from tiny_aya_jax.export import huggingface
+  from tiny_aya_jax.model.transformer import TinyAya, logits
+
   back, cfg_back = huggingface.read(folder)
   if cfg_back.to_dict() != cfg.to_dict():
     raise run.Refused(f"{folder}: config.json reads back as {cfg_back.to_dict()}, not {cfg.to_dict()}")

@@ -220,7 +220,11 @@ def _tree(leaves):
 
 def _open(folder):
   """{tensor name: function returning its array} over every shard; file names are plain basenames."""
-  from safetensors import SafetensorError, safe_open
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError:
+    raise run.Refused(f"{folder} needs the safetensors package: pip install 'tiny_aya_jax[export]'"
+                      ) from None
 
   index = folder / "model.safetensors.index.json"
   if index.exists():

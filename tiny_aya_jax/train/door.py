@@ -4,15 +4,10 @@ Checks the config against itself and against the rows' manifests and the tokeniz
 devices (how many there are) is refused by axes.mesh, before anything is compiled.
 """
 
-import pathlib
-
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, mixture, show, tokenizer as tokenizers
 
 MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale", "norm_epsilon")
-REMAT = ("none", "full")
-BACKENDS = ("reference", "chunked")
-DTYPES = ("float32", "bfloat16")
 SHAPES = ("wsd", "cosine", "linear")
 
 
@@ -37,6 +32,8 @@ def check(config):
   tokenizer = tokenizers.load(config.tokenizer)
   validation = loader.read_manifests(config.data.validation) if config.data.validation else []
   for folder, found in ((config.data.rows, manifests), (config.data.validation, validation)):
+    for manifest in found:
+      loader.check_fields(manifest)
     for manifest in found[:1]:  # read_manifests refuses mixtures of T or tokenizer
       if manifest["T"] != config.data.T:
         raise run.Refused(
@@ -60,16 +57,20 @@ def plan(config, manifests):
   if config.data.plan:
     given = run.read_json(config.data.plan, "config.data.plan")
     want = dict(T=config.data.T, tokenizer_sha256=manifests[0]["tokenizer_sha256"], version=1)
-    if any(given.get(key) != value for key, value in want.items()) or not given.get("segments"):
+    if not isinstance(given, dict) or not isinstance(given.get("sources"), list) or any(
+        given.get(key) != value for key, value in want.items()) or not given.get("segments"):
       raise run.Refused(f"{config.data.plan} is no plan for these rows: expected {want}")
+    places = {manifest["name"]: manifest["path"] for manifest in manifests}  # rows may have moved
+    given["sources"] = [source | dict(path=places.get(source["name"], source["path"]))
+                        for source in given["sources"]]
+    for source in given["sources"]:
+      loader.planned(source, given)
     return given
   return mixture.plan(manifests, config.data.mixture.to_dict())
 
 
 def _fields(config):
-  run.choose("config.remat", config.remat, REMAT)
-  run.choose("config.attention", config.attention, BACKENDS)
-  run.choose("config.dtype", config.dtype, DTYPES)
+  run.choose_fields(config, "remat", "attention", "dtype")
   run.choose("config.schedule.shape", config.schedule.shape, SHAPES)
   run.choose("config.init_what", config.init_what, ("params", "state"))
   if not config.data.rows:
@@ -94,8 +95,8 @@ def _fields(config):
   if config.init_what == "state" and not config.init_from:
     raise run.Refused("config.init_what is 'state' and config.init_from is not set: name the run "
                       "or checkpoint to fork from")
-  if config.init_from and not pathlib.Path(config.init_from).exists():
-    raise run.Refused(f"config.init_from: {config.init_from} does not exist")
+  if config.init_from:
+    run.existing("init_from", config.init_from)
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
   if warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
     raise run.Refused(

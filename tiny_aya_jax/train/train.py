@@ -230,6 +230,10 @@ def _check_batch(config, mesh):
         f"a batch of {config.data.batch} rows in {config.accumulate} parts leaves {rows} rows, which "
         f"do not split over {devices} devices of (data, fsdp)"
     )
+  if config.data.T % mesh.shape["context"]:
+    raise run.Refused(
+        f"rows of T={config.data.T} do not split over {mesh.shape['context']} devices of 'context'"
+    )
 
 
 def _record(config, workdir, mesh, model, state, tokenizer):
