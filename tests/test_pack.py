@@ -326,6 +326,15 @@ def test_only_the_wanted_languages_are_packed(config, tmp_path):
   assert [m["language"] for m in pack.read_manifests(tmp_path / "train")] == ["fra_Latn"]
 
 
+def test_sources_of_the_stage_that_are_not_of_this_text_are_named(config, tmp_path, capsys):
+  pack.main(config, tmp_path)
+  assert "also holds" not in capsys.readouterr().out
+  config.languages = ("fr",)
+  pack.main(config, tmp_path)
+  assert "also holds 2 sources" in (said := capsys.readouterr().out)
+  assert "deu_Latn/web, deu_Latn/wiki" in said
+
+
 def test_the_table_has_a_line_a_language_and_their_sum(config, tmp_path, capsys):
   pack.main(config, tmp_path)
   lines = capsys.readouterr().out.splitlines()

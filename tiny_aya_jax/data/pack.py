@@ -63,12 +63,25 @@ def main(config, workdir):
     raise run.Refused(f"{config.text} has no documents at all: there is nothing to pack")
   for line in table(manifests):
     run.say(line)
+  _say_others(pathlib.Path(workdir) / config.stage, jobs)
   if not due:
     run.say(f"up to date: {pathlib.Path(workdir) / config.stage}")
   return run.EXIT["done"]
 
 
 _Job = collections.namedtuple("_Job", "code source paths folder inputs")
+
+
+def _say_others(stage, jobs):
+  """Names the sources of the stage that are not of this text: training draws from them as well."""
+  ours = {(job.code, job.source) for job in jobs}
+  found = sorted(path.parts[-3:-1] for path in stage.glob("*/*/manifest.json"))
+  others = ["/".join(place) for place in found if place not in ours]
+  if others:
+    run.say(
+        f"{stage} also holds {len(others)} sources that are not of this text, and training draws "
+        f"from them: {', '.join(others)}; remove their folders if they are stale"
+    )
 
 
 def _check(config, workdir):
