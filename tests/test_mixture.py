@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import ml_collections
@@ -34,6 +35,24 @@ def seventy(seed=0):
       source(f"{language.code}/text", int(10 ** random.uniform(0.5, 6)), random.integers(50, 514))
       for language in languages.LANGUAGES
   ]
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda plan: plan.update(sources=[{}]), "a source is {}"),
+    (lambda plan: plan.update(segments=["a"]), "a segment is 'a'"),
+    (lambda plan: plan.pop("T"), "T is None"),
+    (lambda plan: plan["segments"][0]["thresholds"].reverse(), "thresholds rise to 2^40"),
+    (lambda plan: plan["segments"][0]["thresholds"].pop(), "69 thresholds and 70 offsets"),
+    (lambda plan: plan["segments"][0].update(start_row=5), "start at rows [5]"),
+    (lambda plan: plan["segments"][0]["offsets"].__setitem__(0, -1), "whole numbers"),
+])
+def test_a_plan_with_wrong_numbers_is_refused(spoil, said):
+  plan = mixture.append(mixture.plan(seventy(), ALL), 1000, {**ALL, "temperature": 1.0})
+  mixture.check(plan, "it")
+  plan["segments"].pop()
+  spoil(plan)
+  with pytest.raises(run.Refused, match=re.escape(said)):
+    mixture.check(plan, "it")
 
 
 @pytest.mark.parametrize("temperature", [1, 3.33, 100])

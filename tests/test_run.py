@@ -21,6 +21,20 @@ def refused(capsys, *argv):
   return lines[0]
 
 
+@pytest.mark.parametrize("text, said", [
+    ("def get_config(variant):\n  return missing", "NameError: name 'missing'"),
+    ("x = {}['y']", "KeyError: 'y'"),
+    ("def get_config():\n  return {}", "a dict, expected a ConfigDict"),
+    ("x = (", "SyntaxError"),
+    ("x = 1", "has no get_config(variant)"),
+])
+def test_a_file_that_is_no_config_is_refused_with_the_reason(capsys, tmp_path, text, said):
+  path = tmp_path / "odd.py"
+  path.write_text(text)
+  variant = ":small" if "(variant)" in text else ""
+  assert said in refused(capsys, "pack", f"--config={path}{variant}", f"--workdir={tmp_path}")
+
+
 def test_help_lists_every_verb(capsys):
   assert __main__.main(["--help"]) == 0
   shown = capsys.readouterr().out
@@ -43,6 +57,8 @@ def test_help_lists_every_verb(capsys):
     (["train", PRETRAIN, "--workdir=gs://bucket/run"], "is remote"),
     (["train", "--config=README.md", "--workdir=w"], "expected a Python file"),
     (["train", PRETRAIN, "--workdir=w", "stray"], "not of the form --name=value"),
+    (["train", PRETRAIN, "--workdir=setup.py/w"], "setup.py is a file"),
+    (["talk", PRETRAIN, "--workdir=w"], "lacks the field 'checkpoint', which talk reads"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said):
   assert said in refused(capsys, *argv)
@@ -61,6 +77,12 @@ def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said)
     ("init_what", "param", "did you mean 'params'?"),
     ("init_what", "state", "config.init_from is not set"),
     ("schedule.peak", "nan", "config.schedule.peak is nan"),
+    ("schedule.peak", "inf", "config.schedule.peak is inf"),
+    ("optimizer.clip", "0", "config.optimizer.clip is 0.0, expected more than 0"),
+    ("optimizer.adamw.b1", "1.5", "expected 0 <= b1 < 1"),
+    ("optimizer.adamw.eps", "0", "eps 0.0"),
+    ("mesh.data", "-1", "at most one size is -1"),
+    ("show", "0", "config.show is 0"),
     ("init_from", "nowhere", "nowhere does not exist"),
     ("steps", "0", "expected at least 1"),
     ("data.batch", "0", "config.data.batch is 0"),
@@ -86,7 +108,8 @@ def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, 
                   "--config.checkpoints=('nowhere',)")),
     ("export", ("export.py", "--config.checkpoint=nowhere")),
     ("talk", ("talk.py", "--config.dtype=flaot32", "--config.checkpoint=.")),
-    ("verify", ("verify.py", "--config.checkpoint=nowhere")),
+    ("talk", ("talk.py", "--config.checkpoint=.", "--config.temperature=nan")),
+    ("verify", ("verify.py", "--config.checkpoint=.")),
     ("bench", ("bench.py", "--config.remat=ful")),
 ])
 def test_the_door_does_not_import_jax(tmp_path, verb, fields):
@@ -158,6 +181,7 @@ def test_a_rerun_is_up_to_date_refused_or_allowed_to_overwrite(tmp_path):
   assert not run.up_to_date(record, "a", overwrite=False)
   run.write_json(record, {"inputs": "a"})
   assert run.up_to_date(record, "a", overwrite=False)
+  assert not run.up_to_date(record, "a", overwrite=True)
   assert not run.up_to_date(record, "b", overwrite=True)
   with pytest.raises(run.Refused, match="made from other inputs"):
     run.up_to_date(record, "b", overwrite=False)

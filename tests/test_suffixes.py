@@ -60,6 +60,7 @@ def lies_among(names, seen):
 @pytest.mark.parametrize("backend", sorted(attention.BACKENDS))
 def test_no_suffix_lies_in_forward_loss_and_backward(cfg, params, batch, backend, monkeypatch):
   monkeypatch.setattr(attention, "CHUNK", 12)
+  jax.clear_caches()  # what another test traced before would not be traced, and not be seen
 
   def loss(params, batch):
     hidden_BTD = TinyAya(cfg, backend=backend, remat="full").apply(

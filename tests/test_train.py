@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from tiny_aya_jax import __main__, axes, run
-from tiny_aya_jax.train import checkpoint, door, metrics, optimizer, train
+from tiny_aya_jax.train import checkpoint, door, metrics, optimizer, saved, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 T = 32
@@ -64,7 +65,7 @@ def pretrain(data, workdir, *more):
 
 
 def prints(workdir):
-  return checkpoint.meta(checkpoint.find(workdir))["fingerprints"]
+  return saved.meta(saved.find(workdir))["fingerprints"]
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +91,16 @@ def test_a_run_killed_without_warning_resumes_to_the_same_bits(data, whole, tmp_
   arguments = command(data, tmp_path, "--config.steps=8", "--config.accumulate=2", "--config.save_every=1")
   process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
   deadline = time.monotonic() + 120
-  while not checkpoint.steps(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+  while not saved.steps(tmp_path) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  killed_at = checkpoint.steps(tmp_path)
+  killed_at = saved.steps(tmp_path)
   assert killed_at and killed_at[-1] < 8
   again = [*arguments, "--config.data.prefetch=1", "--config.data.threads=3"]
   assert subprocess.run(again, cwd=ROOT, check=False).returncode == 0
   assert prints(tmp_path) == prints(whole)
-  assert checkpoint.restore_data(tmp_path) == checkpoint.restore_data(whole)
+  assert saved.data(tmp_path) == saved.data(whole)
 
 
 def test_sigterm_saves_at_a_step_and_exits_75(data, tmp_path):
@@ -111,22 +112,62 @@ def test_sigterm_saves_at_a_step_and_exits_75(data, tmp_path):
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=60) == 75
-  step = checkpoint.steps(tmp_path)[-1]
+  step = saved.steps(tmp_path)[-1]
   assert step > 0 and checkpoint.verify(tmp_path) > 20
 
 
 def test_stop_after_saves_and_exits_75(data, tmp_path):
   assert pretrain(data, tmp_path, "--config.steps=100000", "--config.stop_after=1") == 75
-  assert checkpoint.steps(tmp_path)
+  assert saved.steps(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_exits_77_and_is_never_saved(data, tmp_path):
   assert pretrain(data, tmp_path, "--config.steps=6", "--config.schedule.peak=1e30",
                   "--config.optimizer.clip=1e30", "--config.schedule.warmup_steps=0",
                   "--config.save_every=1", "--config.log_every=100") == 77
-  for step in checkpoint.steps(tmp_path):  # the first update comes from a finite gradient
+  for step in saved.steps(tmp_path):  # the first update comes from a finite gradient
     params, _ = checkpoint.restore_params(tmp_path / "checkpoints" / str(step))
     assert step == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
+  more = (f"--config.data.validation={data / 'rows/validation'}", "--config.evaluate_every=2")
+  arguments = command(data, tmp_path, "--config.steps=100000", "--config.stop_after=1", *more)
+  assert subprocess.run(arguments, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode == 75
+  stopped = saved.steps(tmp_path)[-1]
+  every = f"--config.evaluate_every={stopped}"  # so that the stop fell on a step that was due
+  rows = [row for row in metrics.read(tmp_path / "metrics.jsonl")
+          if "evaluation" not in row or row["step"] != stopped]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for _ in range(2):  # the second start finds it done
+    assert pretrain(data, tmp_path, *more, every, f"--config.steps={stopped + 1}") == 0
+  found = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl") if "evaluation" in row]
+  assert found.count(stopped) == 1 and found[-1] == stopped + 1
+
+
+def test_a_part_of_a_checkpoint_is_no_checkpoint(data, whole, tmp_path, capsys):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  newest = saved.find(tmp_path)
+  (tmp_path / "checkpoints" / "99").mkdir()
+  assert saved.find(tmp_path) == newest
+  assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 0
+  assert f"left out, because it is incomplete: {tmp_path}/checkpoints/99" in capsys.readouterr().out
+  shutil.rmtree(newest / "optimizer")
+  assert pretrain(data, tmp_path, "--config.steps=9", "--config.accumulate=2") == 65
+  assert "has no readable optimizer" in capsys.readouterr().err
+  (newest / "data" / "data.json").write_text("")
+  assert pretrain(data, tmp_path, "--config.steps=9", "--config.accumulate=2") == 65
+  assert "data.json is not JSON" in capsys.readouterr().err
+
+
+def test_a_falling_rate_is_not_stretched_by_a_resume(data, tmp_path, capsys):
+  falling = ("--config.schedule.shape=cosine", "--config.schedule.warmup_steps=2")
+  assert pretrain(data, tmp_path, "--config.steps=5", *falling) == 0
+  assert pretrain(data, tmp_path, "--config.steps=9", *falling) == 65
+  assert "steps 5 (now 9)" in capsys.readouterr().err
+  assert pretrain(data, tmp_path, "--config.steps=4", *falling) == 65
+  assert "has 5 steps behind it" in capsys.readouterr().err
+  assert pretrain(data, tmp_path, "--config.steps=9", "--config.data.accept_change=True", *falling) == 0
 
 
 def test_a_second_run_of_the_same_workdir_is_refused(data, whole, capsys):
@@ -150,10 +191,10 @@ def test_an_accepted_change_continues_every_counter(data, tmp_path):
   from tiny_aya_jax.data import mixture
 
   assert pretrain(data, tmp_path, "--config.steps=4") == 0
-  before = checkpoint.restore_data(tmp_path)
+  before = saved.data(tmp_path)
   assert pretrain(data, tmp_path, "--config.steps=6", "--config.data.batch=32",
                   "--config.data.mixture.temperature=100.0", "--config.data.accept_change=True") == 0
-  after = checkpoint.restore_data(tmp_path)
+  after = saved.data(tmp_path)
   assert mixture.counts(after["plan"], 4 * 32) == mixture.counts(before["plan"], 4 * 16)
   assert sum(mixture.counts(after["plan"], 6 * 32).values()) == 4 * 16 + 2 * 32
 
@@ -164,16 +205,35 @@ def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole,
   fork = tmp_path / "fork"
   assert call("train", "cooldown.py:tiny", fork, *fields(
       data, f"--config.init_from={whole}", "--config.steps=2", "--config.schedule.warmup_steps=0")) == 0
-  assert checkpoint.steps(fork)[-1] == 10
-  trunk, forked = checkpoint.restore_data(whole), checkpoint.restore_data(fork)
+  assert saved.steps(fork)[-1] == 10
+  trunk, forked = saved.data(whole), saved.data(fork)
   assert mixture.counts(forked["plan"], 128) == mixture.counts(trunk["plan"], 128)
   assert len(forked["plan"]["segments"]) == 2
   sft = tmp_path / "sft"
   assert call("train", "sft.py:tiny", sft, *fields(
       data, f"--config.init_from={fork}", "--config.steps=2", "--config.schedule.warmup_steps=0",
       "--config.schedule.peak=0.0", "--config.schedule.final=0.0")) == 0
-  assert checkpoint.steps(sft)[-1] == 2
+  assert saved.steps(sft)[-1] == 2
   assert prints(sft)["params"] == prints(fork)["params"]  # a rate of 0 leaves what it started from
+
+
+def test_a_fork_of_a_trunk_that_was_trained_anew_is_refused(data, whole, tmp_path, capsys):
+  trunk, fork = tmp_path / "trunk", tmp_path / "fork"
+  shutil.copytree(whole, trunk)
+  more = fields(data, f"--config.init_from={trunk}", "--config.steps=2", "--config.schedule.warmup_steps=0")
+  assert call("train", "cooldown.py:tiny", fork, *more) == 0
+  assert call("train", "cooldown.py:tiny", fork, *more) == 0
+  shutil.rmtree(trunk)
+  assert pretrain(data, trunk, "--config.steps=8", "--config.accumulate=2", "--config.seed=1") == 0
+  assert call("train", "cooldown.py:tiny", fork, *more) == 65
+  assert "holds other parameters now" in capsys.readouterr().err
+
+
+def test_show_prints_what_a_fork_sees_next(data, whole, tmp_path, capsys):
+  assert call("train", "cooldown.py:tiny", tmp_path, *fields(
+      data, f"--config.init_from={whole}", "--config.show=2", "--config.schedule.warmup_steps=0")) == 0
+  assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("row 12")]
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_fork_that_would_read_rows_in_another_order_is_refused(data, whole, tmp_path):
@@ -247,10 +307,8 @@ def test_schedules_warm_up_reach_their_peak_and_end_at_final(shape):
 
 
 def test_a_flipped_bit_is_noticed(whole, tmp_path):
-  import shutil
-
   shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
-  path = checkpoint.find(tmp_path)
+  path = saved.find(tmp_path)
   files = [file for file in (path / "params").rglob("d/*") if file.is_file()]
   largest = max(files, key=lambda file: file.stat().st_size)
   content = bytearray(largest.read_bytes())
@@ -280,7 +338,7 @@ def test_the_same_run_on_another_mesh_gives_the_same_loss(data, whole, tmp_path)
 def test_a_batch_that_does_not_divide_over_devices_is_refused(data, tmp_path, capsys):
   assert pretrain(data, tmp_path, "--config.steps=4", "--config.data.batch=12") == 65
   assert "do not split over 8 devices" in capsys.readouterr().err
-  assert not checkpoint.steps(tmp_path)
+  assert not saved.steps(tmp_path)
 
 
 def test_show_prints_rows_and_trains_nothing(data, tmp_path, capsys):

@@ -116,6 +116,24 @@ def test_the_gradients_of_the_table_add_up_from_lookup_and_head(cfg, params, bat
   assert_same(jax.jit(jax.value_and_grad(loss))(params), plain)
 
 
+def test_a_frequent_token_keeps_its_gradient_in_bfloat16(cfg):
+  """A tenth of a text is one token: summed in bfloat16, its gradient would lose half."""
+  random = np.random.default_rng(0)
+  token_BT = random.integers(0, cfg.V, (8, 4000), dtype=np.int32)
+  token_BT[random.random(token_BT.shape) < 0.1] = 7
+  weight_BTD = random.uniform(0.5, 1.5, (*token_BT.shape, cfg.D)).astype(np.float32)
+
+  def gradient(dtype):
+    def loss(embedding_VD):
+      return (transformer.look_up(embedding_VD, token_BT, dtype) * weight_BTD).sum()
+
+    return np.asarray(jax.jit(jax.grad(loss))(np.ones((cfg.V, cfg.D), np.float32)))
+
+  exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
+  np.testing.assert_allclose(exact[7], weight_BTD[token_BT == 7].sum(0), rtol=1e-5)
+  np.testing.assert_allclose(rounded, exact, rtol=2e-3)
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def reach(request, cfg, params):
   """(documents of a row, positions whose hidden states count) -> the positions they see.

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 
 from tiny_aya_jax import run
 
@@ -32,6 +33,18 @@ def main(argv=None):
   except run.Refused as refusal:
     print(f"refused: {refusal}", file=sys.stderr, flush=True)
     return run.EXIT["refused"]
+  except (AttributeError, KeyError) as error:
+    if not _from_config(error):
+      raise
+    print(f"refused: the config lacks the field {str(error).strip(chr(34))}, which {argv[0]} reads: is it a config of "
+          "another verb?", file=sys.stderr, flush=True)
+    return run.EXIT["refused"]
+
+
+def _from_config(error):
+  """Whether a ConfigDict raised it: the config was asked for a field that it does not have."""
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return frame.f_globals["__name__"].startswith("ml_collections")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ def parse(argv, verbs_without_workdir=()):
   workdir = given.pop("workdir", None)
   if workdir and "://" in workdir:  # pathlib would make a local folder of that name
     raise Refused(f"--workdir={workdir} is remote: mount the bucket (gcsfuse) and give its path")
+  for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if workdir else ():
+    if folder.exists() and not folder.is_dir():
+      raise Refused(f"--workdir={workdir}: {folder} is a file, expected a folder")
   override(config, {name.removeprefix("config."): value for name, value in given.items()})
   return config, pathlib.Path(workdir) if workdir else None
 
@@ -111,11 +114,18 @@ def load_config(spec):
   with _import_path(os.path.dirname(os.path.abspath(path))):
     try:
       module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError) as error:
-      raise Refused(f"{path} is not a config that can be read ({error})") from error
-  if not hasattr(module, "get_config"):
-    raise Refused(f"{path} has no get_config(variant) function")
-  config = module.get_config(variant) if variant else module.get_config()
+      if not hasattr(module, "get_config"):
+        raise Refused(f"{path} has no get_config(variant) function")
+      config = module.get_config(variant) if variant else module.get_config()
+    except Refused:
+      raise
+    except Exception as error:  # the file is a program: it may fail in any way
+      raise Refused(f"{path} is not a config that can be read "
+                    f"({type(error).__name__}: {' '.join(str(error).split())})") from error
+  from ml_collections import ConfigDict
+
+  if not isinstance(config, ConfigDict):
+    raise Refused(f"{path}: get_config returns a {type(config).__name__}, expected a ConfigDict")
   return config.lock()
 
 
@@ -185,26 +195,29 @@ def write_json(path, value):
 
 
 def read_json(path, what):
-  """Reads JSON; a missing or broken file is refused as '`what`: ...'."""
+  """Reads a JSON object; a missing or broken file is refused as '`what`: ...'."""
   try:
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise Refused(f"{what}: {path} does not exist") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except OSError as error:
+    reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    raise Refused(f"{what}: {path} {reason}") from None
+  except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers or depth beyond reason
     raise Refused(f"{what}: {path} is not JSON ({error})") from None
+  if not isinstance(found, dict):
+    raise Refused(f"{what}: {path} holds a JSON {type(found).__name__}, expected an object")
+  return found
 
 
 def up_to_date(record, inputs, overwrite):
   """Whether `record` (a JSON file with 'inputs') was made from the same inputs.
 
-  Another fingerprint is refused unless `overwrite`; a missing record means there is work to do.
+  A missing record means there is work to do, and so does `overwrite`, whatever is there; else
+  another fingerprint is refused.
   """
-  if not pathlib.Path(record).exists():
+  if overwrite or not pathlib.Path(record).exists():
     return False
   if read_json(record, "earlier result").get("inputs") == inputs:
     return True
-  if overwrite:
-    return False
   raise Refused(
       f"{record} was made from other inputs: give another --workdir, or --config.overwrite=True"
   )

@@ -1,9 +1,12 @@
 """VERB talk: chat with a checkpoint in the terminal; with config.prompt, answer once and exit."""
 
+import math
+
 import ml_collections
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import chat, tokenizer as tokenizers
+from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 
@@ -14,17 +17,22 @@ def main(config, workdir):
   run.choose_fields(config, "dtype")
   if config.tokens < 1:
     raise run.Refused(f"config.tokens is {config.tokens}, expected at least 1")
-  if config.temperature < 0 or not 0 < config.top_p <= 1:
-    raise run.Refused(f"temperature {config.temperature} must be at least 0, top_p {config.top_p} "
-                      "above 0 and at most 1")
+  if config.temperature != 0 and not 1e-3 <= config.temperature < math.inf:
+    raise run.Refused(f"config.temperature is {config.temperature}, expected 0 (greedy) or at least "
+                      "0.001")
+  if not 0 < config.top_p <= 1:
+    raise run.Refused(f"config.top_p is {config.top_p}, expected more than 0 and at most 1")
+  if config.prompt == "":
+    raise run.Refused("config.prompt is empty: leave it unset to chat")
   tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
-  from tiny_aya_jax.train import checkpoint
-
-  path = checkpoint.find(config.checkpoint)
-  params, meta = checkpoint.restore_params(path)
+  path = saved.find(config.checkpoint)
+  meta = saved.meta(path)
   if meta["tokenizer_sha256"] != tokenizer.sha256:
     raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
                       f"{config.tokenizer} is {tokenizer.sha256[:12]}")
+  from tiny_aya_jax.train import checkpoint
+
+  params, _ = checkpoint.restore_params(path)
   cfg = ml_collections.ConfigDict(meta["model"])
   if config.prompt:
     print(answer(params, cfg, tokenizer, [dict(role="user", content=config.prompt)], config))

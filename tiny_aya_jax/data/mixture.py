@@ -217,6 +217,36 @@ def _same(sources, field):
   return values.pop()
 
 
+def check(plan, what):
+  """Refuses, as `what`, a plan from a file that is not as `plan` and `append` make them."""
+  def refuse(reason):
+    raise run.Refused(f"{what} is no plan: {reason}")
+
+  for field, kind in dict(T=int, tokenizer_sha256=str, sources=list, segments=list).items():
+    if not isinstance(plan.get(field), kind) or not plan[field]:
+      refuse(f"{field} is {plan.get(field)!r:.60}, expected a {kind.__name__}")
+  if plan.get("version") != 1:
+    refuse(f"version is {plan.get('version')!r}, expected 1")
+  for source in plan["sources"]:
+    if not isinstance(source, dict) or not set(_SOURCE_FIELDS) <= source.keys():
+      refuse(f"a source is {source!r:.60}, expected {', '.join(_SOURCE_FIELDS)}")
+  starts = []
+  for segment in plan["segments"]:
+    if not isinstance(segment, dict) or not {"start_row", "thresholds", "offsets"} <= segment.keys():
+      refuse(f"a segment is {segment!r:.60}, expected start_row, weights, thresholds, offsets")
+    ends, offsets = segment["thresholds"], segment["offsets"]
+    if not all(isinstance(x, int) and x >= 0 for x in (segment["start_row"], *ends, *offsets)):
+      refuse("start_row, thresholds and offsets are whole numbers of at least 0")
+    if len(ends) != len(offsets) or not 0 < len(ends) <= len(plan["sources"]):
+      refuse(f"a segment has {len(ends)} thresholds and {len(offsets)} offsets for "
+             f"{len(plan['sources'])} sources")
+    if ends != sorted(ends) or ends[-1] != UNIT:
+      refuse(f"thresholds rise to 2^40, given {ends[-3:]} at the end")
+    starts.append(segment["start_row"])
+  if starts[0] != 0 or starts != sorted(set(starts)):
+    refuse(f"its segments start at rows {starts[:5]}, expected 0 and then rising numbers")
+
+
 def plan_sha256(plan):
   """What decides the rows, and nothing else: not where they lie, not how the shares are written."""
   return run.fingerprint(

@@ -13,14 +13,14 @@ HEAD, TAIL = 200, 100  # tokens of a longer segment that are shown: rows have th
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-def rows(batch, tokenizer, names, count):
-  """The batch's first `count` rows as text. names: source names, indexed by source_B.
+def rows(batch, tokenizer, names, count, first=0):
+  """The batch's first `count` rows as text, numbered from `first`. names: of source_B's indices.
 
   Batch keys and shapes as in Loader. The row's last token is known as a target only; it is shown
   with its segment when it has weight.
   """
   return "\n".join(
-      _row({key: value[b] for key, value in batch.items()}, b, tokenizer, names)
+      _row({key: value[b] for key, value in batch.items()}, first + b, tokenizer, names)
       for b in range(min(count, len(batch["token_BT"])))
   )
 

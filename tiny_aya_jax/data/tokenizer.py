@@ -95,6 +95,10 @@ class Tokenizer:
       )
     return self.specials[name]
 
+  def same_ids(self, other):
+    """Whether every id means the same bytes or the same special token in both."""
+    return self._pieces == other._pieces and self.specials == other.specials
+
   def json(self):
     """The text of a Hugging Face tokenizer.json with exactly these ids."""
     return self._json_text()

@@ -12,6 +12,7 @@ import ml_collections
 from tiny_aya_jax import languages, run
 from tiny_aya_jax.data import loader, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import baselines, report
+from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 
@@ -35,19 +36,20 @@ def main(config, workdir):
     run.existing("checkpoints", path)
   manifests = loader.read_manifests(config.rows)
   tokenizer = tokenizers.load(config.tokenizer)
-  from tiny_aya_jax import axes
-  from tiny_aya_jax.train import checkpoint
-
-  paths = [checkpoint.find(path) for path in config.checkpoints]
+  paths = [saved.find(path) for path in config.checkpoints]
   for path in paths:
-    same_tokenizer(path, checkpoint.meta(path)["tokenizer_sha256"], tokenizer)
+    same_tokenizer(path, saved.meta(path)["tokenizer_sha256"], tokenizer)
   same_tokenizer(config.rows, manifests[0]["tokenizer_sha256"], tokenizer)
+  if config.mesh.context > 1 and manifests[0]["T"] % config.mesh.context:
+    raise run.Refused(f"config.mesh.context={config.mesh.context} does not divide T={manifests[0]['T']}")
+  from tiny_aya_jax import axes
+
   mesh = axes.mesh(**config.mesh.to_dict())
   if config.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
     raise run.Refused(f"a batch of {config.batch} rows does not split over {mesh.size} devices")
 
   inputs = run.fingerprint([
-      names, [checkpoint.meta(path)["fingerprints"]["params"] for path in paths],
+      names, [saved.meta(path)["fingerprints"]["params"] for path in paths],
       [manifest["sha256"] for manifest in manifests], config.baselines.to_dict(), config.dtype,
   ])
   if run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite):

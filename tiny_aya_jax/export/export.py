@@ -14,6 +14,7 @@ import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
+from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 PROBE_TOKENS = 64
@@ -28,11 +29,8 @@ def main(config, workdir):
   if importlib.util.find_spec("safetensors") is None:
     raise run.Refused("export needs the safetensors package: pip install 'tiny_aya_jax[export]'")
   tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
-  from tiny_aya_jax.export import huggingface
-  from tiny_aya_jax.train import checkpoint
-
-  path = checkpoint.find(config.checkpoint)
-  meta = checkpoint.meta(path)
+  path = saved.find(config.checkpoint)
+  meta = saved.meta(path)
   if meta["tokenizer_sha256"] != tokenizer.sha256:
     raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
                       f"{config.tokenizer} is {tokenizer.sha256[:12]}")
@@ -43,7 +41,10 @@ def main(config, workdir):
   if run.up_to_date(folder / "parity.json", inputs, config.overwrite):
     run.say(f"{folder}: up to date")
     return
-  params, meta = checkpoint.restore_params(path)
+  from tiny_aya_jax.export import huggingface
+  from tiny_aya_jax.train import checkpoint
+
+  params, _ = checkpoint.restore_params(path)
   cfg = ml_collections.ConfigDict(meta["model"])
   staging = folder.with_name(f".{folder.name}.new")  # what a killed export leaves is in here
   shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Checkpoints that prove themselves: Orbax behind four functions, one folder a step.
+"""Checkpoints that prove themselves: Orbax behind four functions, one folder a step (saved.py).
 
 workdir/checkpoints/<step>/{params, optimizer, data, meta}: two trees of arrays, two of JSON. Orbax
 commits by renaming, so a folder named by digits is whole; it does not notice a flipped bit, so
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from tiny_aya_jax import run
+from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")
 # Restoring NumPy arrays reads no sharding file; Orbax warns about it all the same.
@@ -32,38 +33,10 @@ def save(workdir, step, items, *, keep):
   with _context():
     ocp.save_checkpointables(folder / str(step), items, overwrite=True)
   if jax.process_index() == 0:
-    for old in steps(workdir)[:-keep]:
+    for old in saved.steps(workdir)[:-keep]:
       (folder / str(old)).rename(folder / f"{old}.old")  # half a deletion is no checkpoint
     for stale in folder.glob("*.old"):
       shutil.rmtree(stale)
-
-
-def steps(workdir):
-  """The committed steps of a workdir, ascending."""
-  folder = pathlib.Path(workdir) / "checkpoints"
-  found = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-  return sorted(int(name) for name in found)
-
-
-def find(path):
-  """A workdir (its newest step) or a checkpoint folder itself -> the checkpoint's folder."""
-  path = pathlib.Path(path).absolute()
-  if (path / "params").is_dir() and (path / "meta").is_dir():
-    return path
-  found = steps(path)
-  if not found:
-    raise run.Refused(f"{path} is no checkpoint and holds none under checkpoints/")
-  return path / "checkpoints" / str(found[-1])
-
-
-def meta(path):
-  """The JSON facts of a checkpoint: step, model, tokenizer_sha256, fingerprints, ..."""
-  return _load(path, dict(meta=None))["meta"]
-
-
-def restore_data(path):
-  """The data state of a checkpoint: {"step", "seed", "plan_sha256", "plan", "batch"}."""
-  return _load(path, dict(data=None))["data"]
 
 
 def restore(path, abstract, names=TREES):
@@ -73,13 +46,13 @@ def restore(path, abstract, names=TREES):
   Refuses other paths, shapes or dtypes than the checkpoint holds (nothing is cast silently), and
   arrays that are not what was saved.
   """
-  path, facts = find(path), meta(path)
+  path, facts = saved.find(path), saved.meta(path)
   for name in names:
-    _compare(path, name, abstract[name], facts)
-  items = _load(path, {name: abstract[name] for name in names} | dict(meta=None))
+    _compare(path, name, abstract[name])
+  items = _load(path, {name: abstract[name] for name in names})
   for name in names:
     _check(path, name, items[name], facts)
-  return items
+  return items | dict(meta=facts)
 
 
 def restore_params(path, shardings=None):
@@ -87,9 +60,8 @@ def restore_params(path, shardings=None):
 
   shardings: tree -> shardings of its leaves, to read straight into shards; None: one device.
   """
-  path = find(path)
-  with _context():
-    described = ocp.checkpointables_metadata(path).metadata["params"]
+  path = saved.find(path)
+  described = _described(path, "params")
   placed = shardings(described) if shardings else jax.tree.map(lambda _: _here(), described)
   abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -101,15 +73,13 @@ def restore_params(path, shardings=None):
 
 def verify(path):
   """Reads every array of a checkpoint and compares fingerprints; returns how many were right."""
-  path = find(path)
-  facts = meta(path)
-  with _context():
-    described = ocp.checkpointables_metadata(path).metadata
+  path = saved.find(path)
+  facts = saved.meta(path)
   right = 0
   for name, prints in facts["fingerprints"].items():
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_here()),
-        described[name],
+        _described(path, name),
     )
     tree = _load(path, {name: abstract})[name]
     _check(path, name, tree, facts)
@@ -144,24 +114,35 @@ def _fingerprint(x):
   return jnp.sum(bits * factor, dtype=jnp.uint32)
 
 
-def _compare(path, name, abstract, facts):
-  with _context():
-    described = ocp.checkpointables_metadata(path).metadata[name]
-  saved = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
+def _described(path, name):
+  """Shapes and dtypes of one item's arrays, as they lie on disk."""
+  try:
+    with _context():
+      found = ocp.checkpointables_metadata(path).metadata
+  except (OSError, ValueError, KeyError) as error:
+    raise run.Refused(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+  if found.get(name) is None:
+    raise run.Refused(f"{path} has no readable {name}: a part of it was removed; use another step")
+  return found[name]
+
+
+def _compare(path, name, abstract):
+  described = _described(path, name)
+  held = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
   wanted = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-  if odd := sorted(saved.keys() ^ wanted.keys()):
+  if odd := sorted(held.keys() ^ wanted.keys()):
     raise run.Refused(f"{path}: {name} differs from this run's in {len(odd)} arrays, e.g. {odd[0]}")
   for key, leaf in wanted.items():
-    if (saved[key].shape, saved[key].dtype) != (leaf.shape, leaf.dtype):
+    if (held[key].shape, held[key].dtype) != (leaf.shape, leaf.dtype):
       raise run.Refused(
-          f"{path}: {name} {key} is {saved[key].dtype}{list(saved[key].shape)}, "
+          f"{path}: {name} {key} is {held[key].dtype}{list(held[key].shape)}, "
           f"this run's is {leaf.dtype}{list(leaf.shape)}"
       )
 
 
 def _check(path, name, tree, facts):
-  found, saved = fingerprints(tree), facts["fingerprints"][name]
-  wrong = sorted(key for key in found if found[key] != saved.get(key))
+  found, expected = fingerprints(tree), facts["fingerprints"][name]
+  wrong = sorted(key for key in found if found[key] != expected.get(key))
   if wrong:
     raise run.Refused(
         f"{path}: {len(wrong)} of {len(found)} arrays of {name} are not what was saved, e.g. "
@@ -172,7 +153,7 @@ def _check(path, name, tree, facts):
 def _load(path, abstract):
   try:
     with _context():
-      return ocp.load_checkpointables(find(path), abstract)
+      return ocp.load_checkpointables(path, abstract)
   except (OSError, ValueError, KeyError) as error:
     raise run.Refused(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 

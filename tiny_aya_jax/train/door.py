@@ -4,8 +4,11 @@ Checks the config against itself and against the rows' manifests and the tokeniz
 devices (how many there are) is refused by axes.mesh, before anything is compiled.
 """
 
+import math
+
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, mixture, show, tokenizer as tokenizers
+from tiny_aya_jax.train import begin as begins
 
 MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale", "norm_epsilon")
 SHAPES = ("wsd", "cosine", "linear")
@@ -14,10 +17,9 @@ SHAPES = ("wsd", "cosine", "linear")
 def main(config, workdir):
   """The verb: checks, shows rows if config.show asks for them, else trains."""
   plan, validation, tokenizer = check(config)
-  if config.show:
-    batch = loader.Loader(plan, config.data.seed, config.show)[0]
-    names = [source["name"] for source in plan["sources"]]
-    print(show.rows(batch, tokenizer, names, config.show))
+  begin = begins.decide(config, workdir, plan, tokenizer)
+  if config.show is not None:
+    print(_next_rows(config, begin, tokenizer))
     return run.EXIT["done"]
   from tiny_aya_jax.train import train  # imports jax
 
@@ -52,14 +54,23 @@ def check(config):
   return plan(config, manifests), validation, tokenizer
 
 
+def _next_rows(config, begin, tokenizer):
+  """The first config.show rows that the run would train on next, as text."""
+  rows = loader.Loader(begin.plan, config.data.seed, batch=1)
+  names = [source["name"] for source in begin.plan["sources"]]
+  first = begin.step * config.data.batch
+  shown = [show.rows(rows[row], tokenizer, names, 1, row) for row in range(first, first + config.show)]
+  return "\n".join(shown)
+
+
 def plan(config, manifests):
   """The run's plan: config.data.plan, a file, or the rule of config.data.mixture over the rows."""
   if config.data.plan:
     given = run.read_json(config.data.plan, "config.data.plan")
-    want = dict(T=config.data.T, tokenizer_sha256=manifests[0]["tokenizer_sha256"], version=1)
-    if not isinstance(given, dict) or not isinstance(given.get("sources"), list) or any(
-        given.get(key) != value for key, value in want.items()) or not given.get("segments"):
-      raise run.Refused(f"{config.data.plan} is no plan for these rows: expected {want}")
+    mixture.check(given, config.data.plan)
+    for key, value in dict(T=config.data.T, tokenizer_sha256=manifests[0]["tokenizer_sha256"]).items():
+      if given[key] != value:
+        raise run.Refused(f"{config.data.plan} is for rows of {key} {given[key]}, these have {value}")
     places = {manifest["name"]: manifest["path"] for manifest in manifests}  # rows may have moved
     given["sources"] = [source | dict(path=places.get(source["name"], source["path"]))
                         for source in given["sources"]]
@@ -79,14 +90,17 @@ def _fields(config):
     raise run.Refused("config.tokenizer is not set: give tokenizer.model or tokenizer.json")
   least = {"data.batch": 1, "data.T": 2, "data.threads": 1, "data.prefetch": 1, "loss.chunk": 1,
            "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
-           "schedule.peak": 0, "schedule.final": 0, "optimizer.clip": 0}
+           "schedule.peak": 0, "schedule.final": 0}
   least |= dict.fromkeys(
       ("steps", "accumulate", "save_every", "evaluate_every", "log_every", "keep", "unroll"), 1)
   for name, smallest in least.items():
     group, _, field = name.rpartition(".")
     value = (config[group] if group else config)[field]
-    if not value >= smallest:  # so, nan is refused too
+    if not smallest <= value < math.inf:  # so, nan is refused too
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
+  _optimizer(config.optimizer)
+  if config.show is not None and config.show < 1:
+    raise run.Refused(f"config.show is {config.show} rows, expected at least 1")
   if config.stop_after is not None and config.stop_after < 1:
     raise run.Refused(f"config.stop_after is {config.stop_after} seconds, expected at least 1")
   profile = tuple(config.profile)
@@ -104,6 +118,19 @@ def _fields(config):
     )
 
 
+def _optimizer(optimizer):
+  if not optimizer.clip > 0:
+    raise run.Refused(f"config.optimizer.clip is {optimizer.clip}, expected more than 0: it is the "
+                      "largest gradient norm; 'inf' leaves gradients as they are")
+  adamw = optimizer.adamw
+  for name in ("b1", "b2"):
+    if not 0 <= adamw[name] < 1:
+      raise run.Refused(f"config.optimizer.adamw.{name} is {adamw[name]}, expected 0 <= {name} < 1")
+  if not 0 < adamw.eps < math.inf or not 0 <= adamw.weight_decay < math.inf:
+    raise run.Refused(f"config.optimizer.adamw has eps {adamw.eps} and weight_decay "
+                      f"{adamw.weight_decay}, expected more than 0 and at least 0")
+
+
 def _sizes(config):
   model, mesh, batch = config.model, config.mesh, config.data.batch
   for name in MODEL:
@@ -116,6 +143,8 @@ def _sizes(config):
   for axis, size in mesh.items():
     if size < 1 and size != -1:
       raise run.Refused(f"config.mesh.{axis} is {size}, expected at least 1, or -1 for the rest")
+  if list(mesh.to_dict().values()).count(-1) > 1:
+    raise run.Refused(f"config.mesh is {mesh.to_dict()}: at most one size is -1, 'the rest'")
   for letter in "KNFV":
     if mesh.tensor > 1 and model[letter] % mesh.tensor:
       raise run.Refused(

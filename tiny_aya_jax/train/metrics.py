@@ -31,7 +31,7 @@ class Writer:
       import tensorboardX
 
       self.board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"),
-                                              purge_step=first_step)
+                                              purge_step=first_step + 1 if kept else first_step)
     except ImportError:
       pass
     run.say(f"metrics: {path}, TensorBoard", "on" if self.board else "off (no tensorboardX)")
@@ -65,6 +65,12 @@ def read(path):
       except json.JSONDecodeError:
         break
   return rows
+
+
+def evaluated(workdir, step):
+  """Whether the metrics of a workdir hold an evaluation at `step`."""
+  rows = read(pathlib.Path(workdir) / "metrics.jsonl")
+  return any("evaluation" in row and row["step"] == step for row in rows)
 
 
 def _finite(value):

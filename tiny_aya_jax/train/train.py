@@ -23,7 +23,7 @@ from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.model import bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import checkpoint, metrics, optimizer, start
+from tiny_aya_jax.train import begin as begins, checkpoint, metrics, optimizer, saved, start
 
 
 def main(config, workdir, plan, validation, tokenizer):
@@ -37,13 +37,15 @@ def main(config, workdir, plan, validation, tokenizer):
     model = TinyAya(
         config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll
     )
-    state, plan, first = start.start(config, workdir, mesh, model, plan, tokenizer)
+    begin = begins.decide(config, workdir, plan, tokenizer)  # again, now that nobody else saves
+    plan = begin.plan
+    state = start.start(config, begin, mesh, model, tokenizer)
     _record(config, workdir, mesh, model, state, tokenizer)
     rows = loader.Loader(
         plan, config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
     )
     sources = [source["name"] for source in plan["sources"]]
-    rate = optimizer.schedule(config.schedule, config.steps, first)
+    rate = optimizer.schedule(config.schedule, config.steps, begin.start)
     loss = functools.partial(
         next_token_loss, model=model, chunk=config.loss.chunk, z_loss=config.loss.z_loss
     )
@@ -54,11 +56,14 @@ def main(config, workdir, plan, validation, tokenizer):
         ),
         donate_argnums=0,
     )
-    if not checkpoint.steps(workdir):
-      run.say("\n".join(mixture.table(plan, (first + config.steps) * config.data.batch)))
+    if not saved.steps(workdir):
+      run.say("\n".join(mixture.table(plan, (begin.start + config.steps) * config.data.batch)))
     evaluate = _evaluator(config, mesh, model, validation, tokenizer)
-    meta = start.meta(config, tokenizer, first)
-    return _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, first, meta)
+    meta = dict(
+        model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
+        start=begin.start, steps=config.steps, origin=begin.origin, run=begins.facts(config),
+    )
+    return _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, meta)
 
 
 def next_token_loss(params, batch, *, model, chunk, z_loss):
@@ -117,8 +122,9 @@ def _microbatches(batch, accumulate):
   )
 
 
-def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, start, meta):
-  first, last = int(state["step"]), start + config.steps
+def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, meta):
+  first, start = int(state["step"]), meta["start"]
+  last = start + config.steps
   writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
   began = since = time.monotonic()
   reports = []  # of the steps since the last line; on the devices until then
@@ -156,7 +162,8 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
       run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
           **summary))
 
-  if first == start:
+  # A stop at a step that is due saves without evaluating: the next start makes up for it.
+  if first == start or (_due(config, first - start) and not metrics.evaluated(workdir, first)):
     assess(first)
     since = time.monotonic()
   batches = rows.batches(first, config.data.threads, config.data.prefetch)
@@ -175,7 +182,7 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
         writer.close()
         return run.EXIT["not_finite"]
       since = time.monotonic()
-    if done == last or ((done - start) % config.evaluate_every == 0 and not ended):
+    if done == last or (_due(config, done - start) and not ended):
       assess(done)
       since = time.monotonic()
     if saving:
@@ -188,8 +195,12 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, sta
   if first < last and done < last:
     run.say(f"stopped at step {done}, saved: run the same command again to continue")
     return run.EXIT["preempted"]
-  run.say(f"done: {checkpoint.find(workdir)}")
+  run.say(f"done: {saved.find(workdir)}")
   return run.EXIT["done"]
+
+
+def _due(config, steps):
+  return steps % config.evaluate_every == 0
 
 
 def _evaluator(config, mesh, model, validation, tokenizer):
@@ -201,7 +212,8 @@ def _evaluator(config, mesh, model, validation, tokenizer):
   process = (jax.process_index(), jax.process_count())
 
   def evaluate(params):
-    batches = loader.every_row_once(validation, config.data.batch, process)
+    rows = config.data.batch // config.accumulate  # at once: what fits when training fits here
+    batches = loader.every_row_once(validation, rows, process)
     return bits.evaluate(score, params, batches, mesh, languages)
 
   return evaluate

@@ -1,0 +1,202 @@
+"""Where a run begins, decided from files alone, before jax is imported.
+
+This workdir's newest checkpoint; else `init_from`; else scratch. A resume is the same run or it is
+refused: another model, T or tokenizer always, another rate, mixture, batch or seed unless
+`accept_change`, which appends to the plan so that every source's counter goes on. A fork
+(`init_what` "state") takes parameters, moments, step and counters of a trunk; "params" takes
+parameters only, at step 0. start.py loads what is decided here.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import mixture
+from tiny_aya_jax.train import saved
+
+
+class Begin(NamedTuple):
+  """`path` gives parameters, and if `whole` moments and step too; the plan is the run's own."""
+
+  path: pathlib.Path | None  # a checkpoint or a Hugging Face folder; None: scratch
+  whole: bool
+  step: int  # the optimiser step it goes on from
+  start: int  # the step at which the run or its fork began: schedules count from here
+  plan: dict
+  origin: dict | None  # of a fork: {"path", "params"}, the checkpoint it came from
+  said: str
+
+
+def decide(config, workdir, plan, tokenizer):
+  """config, workdir, door.check's plan and tokenizer -> Begin; raises Refused, writes nothing."""
+  if saved.steps(workdir):
+    return _resume(config, workdir, plan, tokenizer)
+  if broken := saved.incomplete(workdir):
+    raise run.Refused(f"{broken[-1]} is no whole checkpoint and {workdir} has no other: remove it to "
+                      "start anew")
+  if not config.init_from:
+    return Begin(None, False, 0, 0, plan, None, f"parameters from scratch, seed {config.seed}")
+  if config.init_what == "state":
+    return _fork(config, plan, tokenizer)
+  if (pathlib.Path(config.init_from) / "config.json").exists():
+    path, origin = pathlib.Path(config.init_from), None
+  else:
+    path = saved.find(config.init_from)
+    meta = saved.meta(path)
+    _same_model(path, meta, config, tokenizer)
+    origin = _origin(path, meta)
+  return Begin(path, False, 0, 0, plan, origin, f"parameters from {path}, step 0")
+
+
+def _resume(config, workdir, plan, tokenizer):
+  path = saved.find(workdir)
+  meta, data = saved.meta(path), saved.data(path)
+  _same_model(path, meta, config, tokenizer)
+  _same_length(path, meta, config)
+  _same_origin(workdir, meta)
+  done = meta["step"] - meta["start"]
+  if config.steps < done:
+    raise run.Refused(f"{path} has {done} steps behind it, config.steps is {config.steps}")
+  changes = _changes(meta["run"], facts(config)) + _changed_steps(meta, config, done)
+  wanted = _follow(config, data, plan)
+  if config.data.plan:
+    if mixture.plan_sha256(plan) != data["plan_sha256"]:
+      changes.append("data.plan")
+  elif wanted["segments"][-1]["thresholds"] != data["plan"]["segments"][-1]["thresholds"]:
+    changes.append("data.mixture or the rows")
+  if changes and not config.data.accept_change:
+    raise run.Refused(
+        f"{path} was trained with another {'; '.join(changes)}: set them back, or continue each "
+        "language's counter under the new ones with --config.data.accept_change=True"
+    )
+  followed = data["plan"]
+  if config.data.plan:
+    followed = plan
+  elif changes:
+    followed = _continue(wanted, data, config.data.batch)
+  said = [f"resumed from {path}"]
+  said += [f"left out, because it is incomplete: {folder}" for folder in saved.incomplete(workdir)]
+  said += [f"accepted change: {'; '.join(changes)}"] if changes else []
+  return Begin(
+      path, True, meta["step"], meta["start"], _with_paths(followed, plan), meta["origin"],
+      "\n".join(said),
+  )
+
+
+def _fork(config, plan, tokenizer):
+  path = saved.find(config.init_from)
+  meta, data = saved.meta(path), saved.data(path)
+  _same_model(path, meta, config, tokenizer)
+  _same_length(path, meta, config)
+  if data["seed"] != config.data.seed and not config.data.accept_change:
+    raise run.Refused(
+        f"{path} read its rows in the order of seed {data['seed']}, config.data.seed is "
+        f"{config.data.seed}: rows would come twice; give the trunk's, or accept it with "
+        "--config.data.accept_change=True"
+    )
+  forked = _follow(config, data, plan)
+  if not config.data.plan:
+    forked = _continue(forked, data, config.data.batch)
+  return Begin(
+      path, True, meta["step"], meta["step"], forked, _origin(path, meta),
+      f"forked from {path}: moments, step {meta['step']} and data counters go on",
+  )
+
+
+def _follow(config, data, plan):
+  """The checkpoint's plan, and from its row on this run's mixture.
+
+  A plan file is taken as it is, if it has the same counters at the checkpoint's row.
+  """
+  row = data["step"] * data["batch"]
+  if config.data.plan:
+    if _drawn(plan, row) != _drawn(data["plan"], row):
+      raise run.Refused(
+          f"{config.data.plan} does not continue the checkpoint's plan: its counters at row {row} "
+          "differ; append to the checkpoint's plan instead"
+      )
+    if data["batch"] != config.data.batch:
+      raise run.Refused("with config.data.plan the batch cannot change: rows would be skipped")
+    return plan
+  return mixture.append(data["plan"], row, config.data.mixture.to_dict(), plan["sources"])
+
+
+def _drawn(plan, row):
+  """Counters of the sources drawn so far: one that joins later changes nothing before."""
+  return {name: count for name, count in mixture.counts(plan, row).items() if count}
+
+
+def _continue(plan, data, batch):
+  """Moves the last segment to where `batch` rows a step put the checkpoint's step."""
+  start_row = data["step"] * batch
+  earlier = [segment for segment in plan["segments"][:-1] if segment["start_row"] < start_row]
+  return plan | dict(segments=[*earlier, plan["segments"][-1] | dict(start_row=start_row)])
+
+
+def _with_paths(plan, current):
+  """The same plan with the sources where they lie now."""
+  paths = {source["name"]: source["path"] for source in current["sources"]}
+  sources = [source | dict(path=paths.get(source["name"], source["path"]))
+             for source in plan["sources"]]
+  return plan | dict(sources=sources)
+
+
+def facts(config):
+  """What a resume may change only with accept_change."""
+  return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
+              batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
+              dtype=config.dtype)
+
+
+def _changes(before, now):
+  return [f"{key} {before.get(key)} (now {now[key]})" for key in now if before.get(key) != now[key]]
+
+
+def _changed_steps(meta, config, done):
+  """Another number of steps is another rate once the rate falls; before, it changes nothing."""
+  if meta["steps"] == config.steps:
+    return []
+  falls_after = min(_constant_steps(config.schedule, steps) for steps in (meta["steps"], config.steps))
+  return [f"steps {meta['steps']} (now {config.steps})"] if done > falls_after else []
+
+
+def _constant_steps(schedule, steps):
+  """How many first steps have a rate that does not depend on `steps` (optimizer.schedule)."""
+  return 1 + (steps - schedule.decay_steps if schedule.shape == "wsd" else schedule.warmup_steps)
+
+
+def _origin(path, meta):
+  return dict(path=str(path), params=run.fingerprint(meta["fingerprints"]["params"]))
+
+
+def _same_origin(workdir, meta):
+  """A trunk may have gone on since the fork, or be gone; it must not be another one in its place."""
+  origin = meta["origin"]
+  if origin and (pathlib.Path(origin["path"]) / "meta").is_dir():
+    if _origin(origin["path"], saved.meta(origin["path"])) != origin:
+      raise run.Refused(
+          f"{workdir} began from {origin['path']}, which holds other parameters now: give another "
+          "--workdir, or remove this one to begin from the new ones"
+      )
+
+
+def _same_model(path, meta, config, tokenizer):
+  same_fields(path, meta["model"], config.model.to_dict())
+  if meta["tokenizer_sha256"] != tokenizer.sha256:
+    raise run.Refused(
+        f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
+        f"{config.tokenizer} is {tokenizer.sha256[:12]}"
+    )
+
+
+def _same_length(path, meta, config):
+  if meta["T"] != config.data.T:
+    raise run.Refused(f"{path} was trained on rows of T={meta['T']}, config.data.T is {config.data.T}")
+
+
+def same_fields(path, theirs, ours):
+  """Refuses a model of other sizes or constants, naming each."""
+  differ = [f"{key} {theirs.get(key)} (here {ours.get(key)})"
+            for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+  if differ:
+    raise run.Refused(f"{path} is another model: " + ", ".join(differ))
