@@ -2,7 +2,7 @@
 
   tiny-aya bench --config=experiments/bench.py
   tiny-aya bench --config=experiments/bench.py --config.model.window=4096 --config.turns=5
-  tiny-aya bench --config=experiments/bench.py:small --config.dtype=bfloat16
+  tiny-aya bench --config=experiments/bench.py:small --config.dtype=bfloat16 --config.tolerance=1e-2
 
 Expected: versions, shapes, equal losses on every side, then after each turn the medians in tokens/s
 and the ratio of ours to PyTorch eager and to torch.compile.
@@ -23,7 +23,7 @@ def get_config(variant="train_step"):
   c.threads = 2
   c.turns = 3  # every side once a turn
   c.steps = 5  # timed steps a turn and side, after one that is not timed
-  c.tolerance = 1e-4  # nats between the losses of the sides, fp32
+  c.tolerance = 1e-4  # nats between the losses of the sides, fp32; bfloat16 needs 1e-2
   c.seed = 0
   c.model = dict(
       D=256, N=4, K=1, H=64, F=1376, V=8192, L=2,

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced with the extras wanted: makes .venv if there is none, installs once per setup.py, activates.
+# Sourced with the extras wanted: makes .venv if there is none, installs once per setup.py, puts it on PATH.
 # PYTHON chooses the interpreter of a new .venv (3.11 or newer).
 extras=$1
-if ! [ -x .venv/bin/python ] || ! [ -e .venv/bin/activate ]; then
+if ! [ -x .venv/bin/python ]; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "refused: $python is $("$python" --version 2>&1), expected Python 3.11 or newer; set PYTHON" >&2
@@ -10,9 +10,10 @@ if ! [ -x .venv/bin/python ] || ! [ -e .venv/bin/activate ]; then
   }
   "$python" -m venv --clear .venv
 fi
-# shellcheck disable=SC1091
-. .venv/bin/activate
-# The stamp names the place: an environment that was moved installs again.
+# Not `activate`, which names the place where the environment was made. So does the stamp: an
+# environment that was moved installs again.
+PATH=$PWD/.venv/bin:$PATH
+export PATH
 stamp=.venv/installed-$(printf '%s' "$extras:$PWD" | cksum | tr ' ' '-')
 if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   echo "installing tiny_aya_jax[$extras]"

@@ -172,7 +172,7 @@ def test_conversations_stay_whole_or_are_dropped_and_counted(config, talks, tmp_
   config.packing = "split"
   with pytest.raises(run.Refused, match="best_fit, which keeps them whole"):
     pack.main(config, tmp_path / "other")
-  assert not list((tmp_path / "other").rglob("*.*"))
+  assert not files(tmp_path / "other")
 
 
 # 0.967 and 0.9997 when this was written; without the longest first 0.941 and 0.991.
@@ -242,6 +242,51 @@ def test_a_second_call_is_up_to_date_and_other_inputs_are_refused(config, tmp_pa
   assert {m["T"] for m in pack.read_manifests(tmp_path / "train")} == {64}
 
 
+def test_damaged_rows_and_rows_to_overwrite_are_packed_again(config, tmp_path, capsys):
+  pack.main(config, tmp_path)
+  before = files(tmp_path)
+  shard = next((tmp_path / "train").rglob("*.array_record"))
+  shard.write_bytes(shard.read_bytes()[:-1])
+  pack.main(config, tmp_path)
+  assert "packed again:" in capsys.readouterr().out and files(tmp_path) == before
+  content = bytearray(shard.read_bytes())
+  content[-1] ^= 1  # of the same size: only its digest tells
+  shard.write_bytes(content)
+  config.overwrite = True
+  pack.main(config, tmp_path)
+  assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("field, value", [
+    ("packing", "best_fit"), ("licence", "other"), ("rows_per_shard", 7), ("T", 40)])  # fmt: skip
+def test_every_field_that_decides_the_rows_is_among_their_inputs(config, tmp_path, field, value):
+  pack.main(config, tmp_path)
+  setattr(config, field, value)
+  with pytest.raises(run.Refused, match="made from other inputs"):
+    pack.main(config, tmp_path)
+
+
+def test_other_text_of_the_same_size_is_another_input(config, tmp_path):
+  (tmp_path / "text").mkdir()
+  path, config.text = tmp_path / "text" / "deu_Latn.txt", str(tmp_path / "text")
+  path.write_text("Guten Tag")
+  pack.main(config, tmp_path / "rows")
+  path.write_text("Guten Tod")
+  with pytest.raises(run.Refused, match="made from other inputs"):
+    pack.main(config, tmp_path / "rows")
+
+
+def test_bytes_are_utf8_of_text_and_of_all_that_is_said(config, tmp_path):
+  (tmp_path / "text").mkdir()
+  said = [dict(role="user", content="ζ"), dict(role="assistant", content="日本")]
+  (tmp_path / "text" / "ell_Grek.jsonl").write_text(
+      json.dumps(dict(messages=said)) + "\n" + json.dumps(dict(text="Ουαλία")))
+  config.text, config.packing = str(tmp_path / "text"), "best_fit"
+  pack.main(config, tmp_path / "rows")
+  (manifest,) = pack.read_manifests(tmp_path / "rows" / "train")
+  assert manifest["bytes"] == 2 + 6 + 12 and manifest["documents"] == 2
+
+
 def test_packing_twice_gives_the_same_bytes_also_in_other_processes(config, tmp_path):
   pack.main(config, tmp_path / "one")
   config.processes = 2
@@ -262,10 +307,10 @@ def test_a_pack_that_dies_leaves_no_half_source_and_goes_on(config, tmp_path, mo
   monkeypatch.setattr(pack, "row_bytes", failing)
   with pytest.raises(KeyboardInterrupt):
     pack.main(config, tmp_path)
-  (finished,) = pack.read_manifests(tmp_path / "train")
-  before = files(tmp_path)
-  assert before == {n: b for n, b in before.items() if n.startswith(f"train/{finished['name']}/")}
-  manifest = tmp_path / "train" / finished["name"] / "manifest.json"
+  with pytest.raises(run.Refused, match="is not whole: 2 sources are still to be packed"):
+    pack.read_manifests(tmp_path / "train")
+  (manifest,) = (tmp_path / "train").rglob("manifest.json")
+  assert all(name.startswith(f"train/{manifest.parent.parent.name}/") for name in files(tmp_path))
   written = manifest.stat().st_mtime_ns
   pack.main(config, tmp_path)
   assert manifest.stat().st_mtime_ns == written
@@ -288,6 +333,8 @@ def test_a_pack_that_dies_leaves_no_half_source_and_goes_on(config, tmp_path, mo
         ("languages", ("swh_Latn",), "no source of 'swh_Latn'"),
         ("rows_per_shard", 0, "rows_per_shard is 0"),
         ("stage", "a/b", "name of one folder"),
+        ("stage", "..", "name of one folder"),
+        ("languages", (), "an empty tuple"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(config, tmp_path, field, value, says):

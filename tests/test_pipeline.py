@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_running_it_again_trains_nothing_and_changes_nothing(out):
   assert {path: path.stat().st_mtime_ns for path in (out / "huggingface").iterdir()} == before
   assert sorted((out / "pretrain" / "checkpoints").iterdir()) == steps
   assert time.monotonic() - started < 300
+
+
+def test_an_export_that_lost_a_part_is_made_again(out):
+  weights = out / "huggingface" / "model.safetensors"
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[:1000])
+  call = ["-m", "tiny_aya_jax", "export", "--config=experiments/export.py:tiny", f"--workdir={out}",
+          f"--config.checkpoint={out / 'sft'}", f"--config.tokenizer={out / 'tokenizer.model'}"]
+  done = subprocess.run([sys.executable, *call], cwd=ROOT, check=False,
+                        capture_output=True, text=True)
+  assert done.returncode == 0 and "read back" in done.stdout, done.stderr[-2000:]
+  assert weights.read_bytes() == whole
 
 
 def test_transformers_loads_the_folder_and_says_the_same(out):

@@ -111,6 +111,8 @@ def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, 
     ("talk", ("talk.py", "--config.checkpoint=.", "--config.temperature=nan")),
     ("verify", ("verify.py", "--config.checkpoint=.")),
     ("bench", ("bench.py", "--config.remat=ful")),
+    ("bench", ("bench.py", "--config.turns=0")),
+    ("bench", ("bench.py", "--config.model.K=3")),
 ])
 def test_the_door_does_not_import_jax(tmp_path, verb, fields):
   config, *fields = fields

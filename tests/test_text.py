@@ -86,6 +86,22 @@ def test_records_that_name_their_language_are_sorted_out(tmp_path):
   }
 
 
+def test_a_label_written_with_json_escapes_is_the_same_label(tmp_path):
+  write(tmp_path / "mix.jsonl", dict(text="one", lang="eng_Latn"),
+        '{"text": "two", "lang": "\\u0065ng_Latn"}', dict(text="three", lang="fra_Latn"))
+  assert everything(tmp_path)["eng_Latn", "mix"] == ["one", "two"]
+
+
+def test_a_link_to_nothing_and_a_name_that_is_no_text_are_refused(tmp_path):
+  (tmp_path / "eng_Latn.txt").symlink_to(tmp_path / "gone")
+  with pytest.raises(run.Refused, match="a link to nothing"):
+    text.languages(tmp_path)
+  (tmp_path / "eng_Latn.txt").unlink()
+  (tmp_path / "a\udcff.jsonl").touch()
+  with pytest.raises(run.Refused, match="a name that cannot be written"):
+    text.languages(tmp_path)
+
+
 def test_code_is_a_language_here(tmp_path):
   write(tmp_path / "code" / "python" / "a.jsonl", dict(text="x = 1"))
   assert everything(tmp_path) == {("code", "python"): ["x = 1"]}
@@ -127,6 +143,9 @@ def test_a_conversation_that_does_not_alternate_is_refused_with_its_roles(tmp_pa
   [
     ("{not json", "line 2 is not JSON"),
     ("[1]", "line 2 is a JSON list"),
+    ('{"text": ' + 5000 * "9" + "}", "line 2 is not JSON"),
+    (100_000 * "[", "line 2 is not JSON"),
+    (dict(messages=[dict(role=["user"], content="x")]), r"unknown role in .* \['user'\]"),
     (dict(words="x"), "line 2 has the fields 'words'"),
     (dict(text="x", messages=[]), "exactly one of 'text' and 'messages'"),
     (dict(text=7), "'text' is a int"),

@@ -221,6 +221,16 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("text, message", [
+    ("[]", "a JSON list"), ("{", "is not JSON"), ('{"added_tokens": [{"id": 3}]}', "the added token"),
+    ('{"added_tokens": null}', "is not a tokenizer.json"),
+])  # fmt: skip
+def test_a_json_file_that_is_no_tokenizer_is_refused(tmp_path, text, message):
+  (tmp_path / "tokenizer.json").write_text(text)
+  with pytest.raises(run.Refused, match=message):
+    tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -2,6 +2,7 @@ import gzip
 import json
 import pathlib
 import random
+import shutil
 
 import pytest
 
@@ -26,7 +27,7 @@ def raw(tmp_path_factory):
     draw, documents, size = random.Random(code), [], 0
     while size < SIZES[code]:
       lines = [" ".join(draw.choices(words.split(), k=12)) for _ in range(4)]
-      documents.append("\n".join(lines) + f" {draw.randint(0, 999)}")
+      documents.append("\n".join(lines) + f" {draw.randint(1990, 1999)}")  # pieces, if they could be
       size += len(documents[-1].encode())
     with gzip.open(folder / f"{code}.txt.gz", "wt", encoding="utf-8") as file:
       file.write("\n\n".join(documents) + "\n")
@@ -84,6 +85,14 @@ def test_a_rerun_is_up_to_date_and_other_inputs_are_refused(raw, trained, capsys
     vocab.main(small(raw, size=500), trained)
   with pytest.raises(run.Refused, match="other inputs"):
     vocab.main(small(raw, seed=1), trained)
+
+
+def test_a_lost_or_changed_file_is_made_again(raw, trained, tmp_path):
+  shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+  for name in ("tokenizer.model", "tokenizer.json"):
+    (tmp_path / name).unlink()
+    vocab.main(small(raw), tmp_path)
+    assert run.sha256(tmp_path / name) == run.sha256(trained / name)
 
 
 def test_overwrite_trains_again(raw, tmp_path):

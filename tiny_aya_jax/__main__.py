@@ -15,7 +15,7 @@ VERBS = dict(
     export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
     talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),
     bench=("tiny_aya_jax.bench", "times a training step beside transformers in PyTorch"),
-    verify=("tiny_aya_jax.train.verify", "checks every array of a checkpoint against its fingerprint"),
+    verify=("tiny_aya_jax.train.verify", "checks a checkpoint's arrays, or packed rows, against their digests"),
 )
 WITHOUT_WORKDIR = ("bench", "verify")
 

@@ -29,6 +29,11 @@ def main(config, workdir=None):
   run.choose_fields(config, "dtype", "attention", "remat")
   for side in config.against:
     run.choose("side", side, SIDES)
+  for name in ("turns", "steps", "batch", "T", "threads"):
+    if config[name] < 1:
+      raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
+  if config.model.N % config.model.K:
+    raise run.Refused(f"{config.model.N} query heads do not share {config.model.K} key heads evenly")
   train_step(config)
 
 

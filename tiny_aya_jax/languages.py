@@ -216,6 +216,8 @@ def find(name):
   if key in _AMBIGUOUS:
     codes = " and ".join(_AMBIGUOUS[key])
     raise run.Refused(f"language {name!r} means both {codes}: write one of them")
+  if key in ("all", *map(_key, REGIONS)):
+    raise run.Refused(f"{name!r} is a group of languages, and one language is expected here")
   if key not in _NAMES:
     raise run.Refused(f"unknown language {name!r}: {_nearest(name)}")
   return _NAMES[key]
@@ -240,6 +242,8 @@ def select(names):
   """Codes meant by any of `names`, without repeats, in table order ('code' last)."""
   if isinstance(names, str):
     raise run.Refused(f"languages are a tuple of names, not one string: write ({names!r},)")
+  if not names:
+    raise run.Refused("languages are an empty tuple: name some, or ('all',)")
   chosen = {code for name in names for code in expand(name)}
   return tuple(code for code in (*(x.code for x in LANGUAGES), CODE) if code in chosen)
 

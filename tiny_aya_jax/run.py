@@ -43,7 +43,7 @@ def nearest(name, names):
 
 def choose(what, given, choices):
   """Returns `given` if it is one of `choices`; refuses with the nearest name otherwise."""
-  if given not in choices:
+  if not isinstance(given, str) or given not in choices:
     raise Refused(f"unknown {what} {given!r}: {nearest(given, choices)}")
   return given
 
@@ -58,6 +58,12 @@ def choose_fields(config, *names):
   """Refuses a config whose fields `names` are not among CHOICES."""
   for name in names:
     choose(f"config.{name}", config[name], CHOICES[name])
+
+
+def plain_name(field, name):
+  """Refuses a name that is not that of one new folder inside another."""
+  if not name or name in (".", "..") or pathlib.PurePath(name).name != name:
+    raise Refused(f"config.{field} is {name!r}: expected the name of one folder")
 
 
 def existing(field, path):
@@ -171,9 +177,12 @@ def override(config, values):
 def sha256(path):
   """Hex digest of a file's bytes."""
   digest = hashlib.sha256()
-  with open(path, "rb") as file:
-    while block := file.read(1 << 20):
-      digest.update(block)
+  try:
+    with open(path, "rb") as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  except OSError as error:
+    raise Refused(f"{path} cannot be read: {error.strerror}") from None
   return digest.hexdigest()
 
 

@@ -29,6 +29,7 @@ VERSION = 1  # of the manifest
 FIELDS = [["token", "uint32"], ["segment", "uint16"], ["weight", "uint8"]]
 ROW_BYTES = 4 + 2 + 1  # a position
 CHUNK = 4096  # rows located at once: 3 ms of floor sums (70 sources) for all of them
+HIDDEN = ".{}.tmp"  # beside a source's folder while it is not whole: pack writes into it
 OTHER_FILES = 256  # descriptors for everything but shards: logs, checkpoints, sockets
 
 
@@ -43,21 +44,26 @@ class Loader:
   def __init__(self, plan, seed, batch, process=(0, 1)):
     self.plan, self.seed, self.batch = plan, seed, batch
     self.rows = _slice(batch, process)
-    manifests = [planned(source, plan) for source in plan["sources"]]
+    manifests = [planned(source, plan) for source in plan["sources"] if not _left(source, plan)]
     _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
-    self._manifests = manifests
-    self._sources = [_in_order(manifest) for manifest in manifests]
-    self._keys = np.array([_key(seed, manifest["name"]) for manifest in manifests], np.uint64)
+    self._opened = {manifest["name"]: (_in_order(manifest), manifest) for manifest in manifests}
+    self._rows = np.array([source["rows"] for source in plan["sources"]], np.int64)
+    self._keys = np.array([_key(seed, source["name"]) for source in plan["sources"]], np.uint64)
     self._located = functools.lru_cache(maxsize=64)(self._locate_chunk)
 
   def __getitem__(self, step):
     start = step * self.batch
     source_B, row_B = self._locate(start + self.rows.start, start + self.rows.stop)
     records = [
-        _read(self._sources[source], row, self._manifests[source])
-        for source, row in zip(source_B.tolist(), row_B.tolist())
+        _read(*self._source(source), row) for source, row in zip(source_B.tolist(), row_B.tolist())
     ]
     return _batch(records, source_B, self.plan["T"])
+
+  def _source(self, index):
+    source = self.plan["sources"][index]
+    if source["name"] not in self._opened:
+      planned(source, self.plan)  # refuses: its rows are gone
+    return self._opened[source["name"]]
 
   def batches(self, first_step, threads, prefetch):
     """Iterates over self[first_step], self[first_step + 1], ..., read ahead by Grain's threads.
@@ -83,8 +89,7 @@ class Loader:
 
   def _locate_chunk(self, chunk):
     source_n, counter_n = mixture.locate_many(self.plan, chunk * CHUNK, CHUNK)
-    rows = np.array([manifest["rows"] for manifest in self._manifests], np.int64)
-    return source_n, _permuted(counter_n, rows[source_n], self._keys[source_n])
+    return source_n, _permuted(counter_n, self._rows[source_n], self._keys[source_n])
 
 
 def every_row_once(manifests, batch, process=(0, 1)):
@@ -106,7 +111,7 @@ def every_row_once(manifests, batch, process=(0, 1)):
     records = [
         bytes(ROW_BYTES * (T + 1))
         if source < 0
-        else _read(sources[source], row - starts[source], manifests[source])
+        else _read(sources[source], manifests[source], row - starts[source])
         for source, row in zip(source_B.tolist(), row_B.tolist())
     ]
     yield _batch(records, source_B, T)
@@ -125,9 +130,16 @@ def _slice(batch, process):
   return range(index * each, (index + 1) * each)
 
 
+def _left(source, plan):
+  """Whether the plan's last segment draws nothing from a source, and its rows are gone."""
+  index, ends = plan["sources"].index(source), plan["segments"][-1]["thresholds"]
+  drawn = index < len(ends) and ends[index] > (ends[index - 1] if index else 0)
+  return not drawn and not (pathlib.Path(source["path"]) / "manifest.json").exists()
+
+
 def planned(source, plan):
   """The manifest of a plan's source, which must still hold the rows that were planned."""
-  manifest = _manifest(local(source["path"], "the plan's rows"))
+  manifest = read_manifest(local(source["path"], "the plan's rows"))
   check_fields(manifest)
   for field in ("T", "tokenizer_sha256"):
     if manifest[field] != plan[field]:
@@ -202,7 +214,7 @@ def _in_order(manifest):
   )
 
 
-def _read(rows, index, manifest):
+def _read(rows, manifest, index):
   size = ROW_BYTES * (manifest["T"] + 1)
   try:
     record = rows[int(index)]
@@ -252,17 +264,20 @@ def _positions(segment_BT):
 
 
 def _raise_open_files(shards):
-  """One descriptor per shard stays open: raises the soft limit as far as needed and allowed."""
+  """One descriptor per shard stays open: raises the soft limit to the hard one, which must do.
+
+  Training and validation rows share the limit, so what these shards need is not all there is.
+  """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   needed = shards + OTHER_FILES
-  if soft == resource.RLIM_INFINITY or needed <= soft:
-    return
   if hard != resource.RLIM_INFINITY and hard < needed:
     raise run.Refused(
         f"{shards} shards need {needed} open files, the hard limit is {hard}: raise it "
         "(ulimit -Hn) or pack with a larger config.rows_per_shard"
     )
-  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+  if soft != resource.RLIM_INFINITY:
+    most = hard if hard != resource.RLIM_INFINITY else max(soft, 4 * needed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def local(path, what):
@@ -280,11 +295,17 @@ def read_manifests(folder):
 
   Sorted by language and source, each with "path" (its folder), "name" ("<code>/<source>") and
   "sha256" (of its shards' digests) added: what mixture.plan takes. Every shard must be there in
-  its full size; `check_shards` compares the contents.
+  its full size; `check_shards` compares the contents. A stage that is still being packed, or whose
+  pack was killed or refused, is Refused.
   """
   folder = pathlib.Path(local(folder, "packed rows"))
+  if unfinished := sorted(folder.glob("*/" + HIDDEN.format("*"))):
+    raise run.Refused(
+        f"{folder} is not whole: {len(unfinished)} sources are still to be packed, such as "
+        f"{unfinished[0]}: run pack again, or remove that folder if its text is not wanted"
+    )
   found = sorted(path.parent for path in folder.glob("*/*/manifest.json"))
-  manifests = [_manifest(path) for path in found if not path.name.startswith(".")]
+  manifests = [read_manifest(path) for path in found]
   if not manifests:
     raise run.Refused(
         f"{folder} holds no packed rows (<code>/<source>/manifest.json): run the verb pack, or "
@@ -295,7 +316,8 @@ def read_manifests(folder):
   return sorted(manifests, key=lambda manifest: (manifest["language"], manifest["source"]))
 
 
-def _manifest(folder):
+def read_manifest(folder):
+  """One source's manifest, its shards present in full size; "path", "name", "sha256" added."""
   path = pathlib.Path(folder) / "manifest.json"
   manifest = run.read_json(path, "packed rows")
   missing = [key for key in _KEYS if key not in manifest]

@@ -2,8 +2,9 @@
 
 Writes WORKDIR/<stage>/<code>/<source>/{rows-00000-of-000NN.array_record, manifest.json}; the row is
 described in loader.py, the ids in tokenizer.py and chat.py. A source appears whole or not at all:
-it is written into a hidden folder beside its place and renamed, so a killed pack goes on with the
-sources it had not finished.
+it is written into a hidden folder beside its place and renamed. The hidden folders of all sources
+are there from the start, and a stage that holds one is refused by whoever reads it, so a killed or
+refused pack is never trained on by mistake; called again, it goes on with what is left.
 
 The law: no token lost or invented. The rows hold exactly the tokens of the kept documents, once
 each; what is not kept is counted under "dropped". A plain document is BOS + text + EOS and its
@@ -16,7 +17,6 @@ tokens are targets.
 import bisect
 import collections
 import concurrent.futures
-import importlib.metadata
 import multiprocessing
 import os
 import pathlib
@@ -53,6 +53,8 @@ def main(config, workdir):
       for source, paths in sorted(sources.items())
   ]  # fmt: skip
   due = [job for job in jobs if not _done(job, config.overwrite)]
+  for job in due:
+    _hidden(job).mkdir(parents=True, exist_ok=True)
   _pack_all(due, config)
   manifests = [
       run.read_json(os.path.join(job.folder, "manifest.json"), "packed rows")
@@ -98,8 +100,7 @@ def _check(config, workdir):
         f"config.rows_per_shard is {config.rows_per_shard} and config.processes is "
         f"{config.processes}: expected at least 1 and at least 0"
     )
-  if not config.stage or pathlib.Path(config.stage).name != config.stage:
-    raise run.Refused(f"config.stage is {config.stage!r}: expected the name of one folder")
+  run.plain_name("stage", config.stage)
 
 
 def _wanted(config):
@@ -120,22 +121,27 @@ def _inputs(config, paths, tokenizer_sha256):
           licence=config.licence,
           rows_per_shard=config.rows_per_shard,
           tokenizer=tokenizer_sha256,
-          text=_fingerprint_of_text(config.text, paths),
+          text=text.fingerprint(config.text, paths),
       )
   )
 
 
-def _fingerprint_of_text(source, paths):
-  if not source.startswith("embedded/"):
-    return [[os.path.basename(path), run.sha256(path)] for path in paths]
-  from tiny_aya_jax.data import toy
-
-  # The embedded corpus is made by code from Babel's data.
-  return [source, run.sha256(toy.__file__), importlib.metadata.version("Babel")]
-
-
 def _done(job, overwrite):
-  return run.up_to_date(os.path.join(job.folder, "manifest.json"), job.inputs, overwrite)
+  """Whether the source is packed from these inputs, and its rows are still there in full size."""
+  if not run.up_to_date(os.path.join(job.folder, "manifest.json"), job.inputs, overwrite):
+    return False
+  try:
+    loader.read_manifest(job.folder)
+  except run.Refused as refusal:
+    run.say(f"packed again: {refusal}")
+    return False
+  return True
+
+
+def _hidden(job):
+  """Where the rows of a source are written, and the sign that they are not whole yet."""
+  folder = pathlib.Path(job.folder)
+  return folder.with_name(loader.HIDDEN.format(folder.name))
 
 
 def _pack_all(jobs, config):
@@ -159,22 +165,27 @@ def _pack_all(jobs, config):
 
 def pack_source(job, config):
   """Packs one source into job.folder; a source without documents leaves nothing but a line."""
-  folder = pathlib.Path(job.folder)
-  temporary = folder.with_name(f".{folder.name}.tmp")  # a killed pack's is used again
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
+  folder, hidden = pathlib.Path(job.folder), _hidden(job)
+  _empty(hidden)  # of what a killed pack left
   try:
-    manifest = _write_source(job, config, temporary)
-    if manifest["rows"]:
-      run.write_json(temporary / "manifest.json", manifest)
-      _replace(folder, temporary)
-    else:
-      shutil.rmtree(folder, ignore_errors=True)  # with overwrite: rows of text that is gone
-      run.say(f"{job.code}/{job.source}: no document to pack (dropped: {manifest['dropped']})")
-  except run.Refused as refusal:
-    raise run.Refused(f"{job.code}/{job.source}: {refusal}") from refusal
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    manifest = _write_source(job, config, hidden)
+  except BaseException as error:
+    _empty(hidden)
+    if isinstance(error, run.Refused):
+      raise run.Refused(f"{job.code}/{job.source}: {error}") from error
+    raise
+  if manifest["rows"]:
+    run.write_json(hidden / "manifest.json", manifest)
+    _replace(folder, hidden)
+  else:
+    shutil.rmtree(folder, ignore_errors=True)  # with overwrite: rows of text that is gone
+    shutil.rmtree(hidden)
+    run.say(f"{job.code}/{job.source}: no document to pack (dropped: {manifest['dropped']})")
+
+
+def _empty(folder):
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(parents=True)
 
 
 def _replace(folder, temporary):

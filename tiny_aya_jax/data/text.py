@@ -16,6 +16,7 @@ In .txt a blank line ends a document. In .jsonl each line is {"text": ...} or {"
 
 import functools
 import gzip
+import importlib.metadata
 import itertools
 import json
 import pathlib
@@ -80,6 +81,16 @@ def read(source, code, name):
       yield from _records(path)
 
 
+def fingerprint(source, paths):
+  """JSON that is equal when the text is: each file's name and bytes, wherever the folder lies.
+
+  paths: of `languages`. The embedded corpus is made by code from Babel's data.
+  """
+  if _embedded(source):
+    return [str(source), run.sha256(toy.__file__), importlib.metadata.version("Babel")]
+  return [[pathlib.Path(path).name, run.sha256(path)] for path in paths]
+
+
 def _embedded(source):
   """The split of 'embedded/<split>', or None."""
   prefix, _, split = str(source).partition("/")
@@ -130,7 +141,13 @@ def _language_folder(folder):
 
 
 def _visible(folder):
-  return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+  paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+  for path in paths:
+    if not path.exists():
+      raise run.Refused(f"{path} is a link to nothing: remove it, or bring back what it names")
+    if not path.name.isprintable():  # bytes that are no UTF-8 among them
+      raise run.Refused(f"{str(path)!a} has a name that cannot be written: rename it")
+  return paths
 
 
 def _is_text(name):
@@ -215,9 +232,9 @@ def _paragraphs(path):
 
 def _records(path, labels=None):
   """Documents of a .jsonl; with `labels`, those of records whose language is one of them."""
-  # A line without the label's bytes cannot be of that language: most need no parsing. (JSON may
-  # escape other than ASCII labels, so those give no mark.)
-  marks = [label.encode() if label.isascii() else b"" for label in labels or ("",)]
+  # A line without the label's bytes cannot be of that language, unless JSON escapes a letter of it:
+  # most need no parsing.
+  marks = [b"\\u", *(label.encode() for label in labels)] if labels else [b""]
   for number, line in _lines(path):
     if not line.strip() or not any(mark in line for mark in marks):
       continue
@@ -229,9 +246,10 @@ def _records(path, labels=None):
 
 
 def _record(line, path, number):
+  line = _decoded(line, path, number)
   try:
-    record = json.loads(_decoded(line, path, number))
-  except json.JSONDecodeError as error:
+    record = json.loads(line)
+  except (ValueError, RecursionError) as error:  # also a number or a depth beyond reason
     raise run.Refused(f"{path}, line {number} is not JSON ({error})") from None
   if not isinstance(record, dict):
     kind = type(record).__name__
@@ -273,9 +291,7 @@ def _messages(messages, place):
 def _message(message, place):
   if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
     raise run.Refused(f"{place} is {message!r:.60}, expected an object with 'role' and 'content'")
-  if message["role"] not in ROLES:
-    role = str(message["role"])
-    raise run.Refused(f"{place}: unknown role {role!r}: {run.nearest(role, ROLES)}")
+  run.choose(f"role in {place}", message["role"], ROLES)
   content = _checked(message["content"], "content", place)
   return dict(role=ROLES[message["role"]], content=content)
 
@@ -322,6 +338,8 @@ def _lines(path):
       yield number, line.removeprefix(BOM) if number == 1 else line
   except DAMAGED as error:
     raise run.Refused(f"{path} is damaged or cut short ({error}): fetch it again") from None
+  except OSError as error:
+    raise run.Refused(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _raw_lines(path):

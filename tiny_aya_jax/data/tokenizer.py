@@ -294,10 +294,15 @@ def _load_json(path):
   tokenizers = _import_tokenizers()
   whole = run.read_json(path, "tokenizer")
   specials = {}
-  for token in whole.get("added_tokens", ()):
+  whole["added_tokens"] = whole.get("added_tokens") or []
+  for token in whole["added_tokens"]:
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not isinstance(
+        token.get("id"), int):
+      raise run.Refused(f"tokenizer {path} has the added token {token!r:.60}, expected an id and content")
     # Cohere files flag only some of their turn markers as special; the name tells the rest.
     content = token["content"]
-    token["special"] |= content in SPECIALS or content.startswith("<|") and content.endswith("|>")
+    token["special"] = token.get("special", False) or content in SPECIALS or (
+        content.startswith("<|") and content.endswith("|>"))
     if token["special"]:
       specials[content] = token["id"]
   try:
@@ -341,7 +346,7 @@ def _json_pieces(path, whole, engine, specials):
         f"tokenizer {path} lacks {len(missing)} of the 256 byte pieces, {missing[0]!r} for one:"
         " some texts would have no ids"
     )
-  added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+  added = {token["content"]: token["id"] for token in whole["added_tokens"]}
   pieces = [b""] * (1 + max([*vocab.values(), *added.values()]))
   for piece, id in vocab.items():
     if piece not in added:

@@ -13,10 +13,9 @@ capped language leaves is spread over the others.
 """
 
 import functools
-import importlib.metadata
 import io
+import math
 import os
-import pathlib
 import random
 import re
 import time
@@ -27,6 +26,7 @@ from tiny_aya_jax.data import tokenizer as tokenizers
 
 SMALLEST = len(tokenizers.SPECIALS) + 256 + 2  # specials, bytes, space and newline
 MEMORY_PER_BYTE = 10  # of the sample, while training (ecosystem notes, B.5)
+COLDEST = 0.1  # temperature: 10^15 bytes to the power 10 is still a double
 HUGE = 2_000_000_000  # bytes, from where SentencePiece has to count in 64 bits
 SLICE = 65_536  # bytes of each language's sample that the report encodes
 # Training lines are cut at this many characters, before a space if there is one: SentencePiece
@@ -51,7 +51,7 @@ def main(config, workdir):
   _check(config)
   sources = _sources(config)
   inputs = _fingerprint(config, sources)
-  if run.up_to_date(workdir / "vocab.json", inputs, config.overwrite):
+  if run.up_to_date(workdir / "vocab.json", inputs, config.overwrite) and _whole(workdir):
     run.say(f"{workdir}: up to date")
     return
   have, cut_lines = _count(config.text, sources)
@@ -82,6 +82,13 @@ def main(config, workdir):
   run.say(f"{workdir}: V={tokenizer.size} in {record['seconds']} s")
 
 
+def _whole(workdir):
+  """Whether both files are as vocab.json says; a lost or changed one is made again."""
+  record, model = run.read_json(workdir / "vocab.json", "earlier result"), workdir / "tokenizer.model"
+  there = model.is_file() and (workdir / "tokenizer.json").is_file()
+  return there and run.sha256(model) == record["sha256"]
+
+
 def _check(config):
   if not config.text:
     raise run.Refused("text is not set: give --config.text=DIR, a folder of raw text")
@@ -91,8 +98,11 @@ def _check(config):
         " 256 bytes, space and newline): raise --config.size"
     )
   for name in ("bytes", "temperature", "character_coverage"):
-    if config[name] <= 0:
+    if not 0 < config[name] < math.inf:
       raise run.Refused(f"{name} is {config[name]}, expected a number above 0")
+  if config.temperature < COLDEST:
+    raise run.Refused(f"temperature is {config.temperature}, expected at least {COLDEST}: all text "
+                      "would be of the largest language")
   if config.character_coverage > 1:
     raise run.Refused(
         f"character_coverage is {config.character_coverage}, expected a share of at most 1"
@@ -120,18 +130,9 @@ def _fingerprint(config, sources):
   """Of the settings and of every file's name and bytes, wherever the folder lies."""
   settings = {name: str(config[name]) for name in config if name not in ("overwrite", "text")}
   files = [
-      [code, name, os.path.basename(path), run.sha256(path)]
-      for code, name, paths in sources
-      for path in paths
-      if os.path.isfile(path)
+      [code, name, texts.fingerprint(config.text, paths)] for code, name, paths in sources
   ]
-  return run.fingerprint([settings, files or _embedded(config.text)])
-
-
-def _embedded(source):
-  """What the embedded corpus is made from."""
-  made_by = pathlib.Path(__file__).with_name("toy.py")
-  return [source, importlib.metadata.version("Babel"), run.sha256(made_by)]
+  return run.fingerprint([settings, files])
 
 
 # --- the sample ---------------------------------------------------------------------------------
@@ -271,6 +272,11 @@ def _refusal(size, message):
     return run.Refused(
         f"size {size} is too small: specials, bytes and the characters to cover are {found[1]};"
         " raise --config.size or lower --config.character_coverage"
+    )
+  if "sentences_.empty()" in message:
+    return run.Refused(
+        "the sample holds no text that could be trained on: add text, or raise --config.bytes or"
+        " --config.character_coverage"
     )
   return run.Refused(f"SentencePiece cannot train a vocabulary of {size} pieces: {message}")
 

@@ -10,7 +10,7 @@ import pathlib
 import ml_collections
 
 from tiny_aya_jax import languages, run
-from tiny_aya_jax.data import loader, tokenizer as tokenizers
+from tiny_aya_jax.data import loader, text as texts, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import baselines, report
 from tiny_aya_jax.train import saved
 
@@ -50,7 +50,7 @@ def main(config, workdir):
 
   inputs = run.fingerprint([
       names, [saved.meta(path)["fingerprints"]["params"] for path in paths],
-      [manifest["sha256"] for manifest in manifests], config.baselines.to_dict(), config.dtype,
+      [manifest["sha256"] for manifest in manifests], _text(config.baselines), config.dtype,
   ])
   if run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite):
     run.say(f"{workdir / 'report.html'}: up to date")
@@ -80,6 +80,17 @@ def main(config, workdir):
   run.write_json(workdir / "evaluation.json", result)  # last: its presence says that all is there
   run.say(report.table(result))
   run.say(f"page: {workdir / 'report.html'}")
+
+
+def _text(baselines):
+  """What the baselines read: fingerprints of both folders' files, or nothing."""
+  folders = [baselines.train_text, baselines.validation_text] if baselines.train_text else []
+  return [
+      [code, name, texts.fingerprint(folder, paths)]
+      for folder in folders
+      for code, sources in texts.languages(folder).items()
+      for name, paths in sources.items()
+  ]
 
 
 def same_tokenizer(path, sha256, tokenizer):

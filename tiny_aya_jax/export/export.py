@@ -24,8 +24,7 @@ def main(config, workdir):
   """Writes workdir/<config.name> from config.checkpoint; refuses when the proof fails."""
   run.existing("checkpoint", config.checkpoint)
   run.choose("config.dtype", config.dtype, ("bfloat16", "float16", "float32"))
-  if pathlib.PurePath(config.name).name != config.name:
-    raise run.Refused(f"config.name is {config.name!r}, expected the plain name of a new folder")
+  run.plain_name("name", config.name)
   if importlib.util.find_spec("safetensors") is None:
     raise run.Refused("export needs the safetensors package: pip install 'tiny_aya_jax[export]'")
   tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
@@ -38,7 +37,7 @@ def main(config, workdir):
   if folder.exists() and not (folder / "parity.json").exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
   inputs = run.fingerprint([meta["fingerprints"]["params"], tokenizer.sha256, config.dtype])
-  if run.up_to_date(folder / "parity.json", inputs, config.overwrite):
+  if run.up_to_date(folder / "parity.json", inputs, config.overwrite) and _whole(folder):
     run.say(f"{folder}: up to date")
     return
   from tiny_aya_jax.export import huggingface
@@ -51,14 +50,25 @@ def main(config, workdir):
   whole = staging / folder.name
   huggingface.write(whole, params, cfg, tokenizer, dtype=config.dtype)
   parity = prove(whole, params, cfg, config.dtype)
-  run.write_json(whole / "parity.json", dict(inputs=inputs, **parity))
   (whole / "README.md").write_text(_card(cfg, meta, parity, config), encoding="utf-8")
+  run.write_json(whole / "parity.json", dict(inputs=inputs, **parity, bytes=_sizes(whole)))
   if folder.exists():
     shutil.rmtree(folder)
   os.replace(whole, folder)
   staging.rmdir()
   run.say(f"exported {path} to {folder}: read back, logits differ by "
           f"{parity['largest_logit_difference']:.1e} at most ({config.dtype})")
+
+
+def _whole(folder):
+  """Whether every file has the size it had when it was proved; else the folder is made again."""
+  expected = run.read_json(folder / "parity.json", "earlier result")["bytes"]
+  return expected == {name: size for name, size in _sizes(folder).items() if name in expected}
+
+
+def _sizes(folder):
+  return {path.name: path.stat().st_size for path in sorted(folder.iterdir())
+          if path.name != "parity.json"}
 
 
 def prove(folder, params, cfg, dtype):
