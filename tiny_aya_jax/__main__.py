@@ -15,7 +15,7 @@ VERBS = dict(
     export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
     talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),
     bench=("tiny_aya_jax.bench", "times a training step beside transformers in PyTorch"),
-    verify=("tiny_aya_jax.train.verify", "checks a checkpoint's arrays, or packed rows, against their digests"),
+    verify=("tiny_aya_jax.train.verify", "compares a checkpoint, or packed rows, with their digests"),
 )
 WITHOUT_WORKDIR = ("bench", "verify")
 
@@ -36,7 +36,8 @@ def main(argv=None):
   except (AttributeError, KeyError) as error:
     if not _from_config(error):
       raise
-    print(f"refused: the config lacks the field {str(error).strip(chr(34))}, which {argv[0]} reads: is it a config of "
+    field = str(error).strip('"')
+    print(f"refused: the config lacks the field {field}, which {argv[0]} reads: is it a config of "
           "another verb?", file=sys.stderr, flush=True)
     return run.EXIT["refused"]
 

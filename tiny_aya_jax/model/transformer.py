@@ -74,8 +74,9 @@ def _look_up_forward(embedding_VD, token_BT, dtype):
 
 def _look_up_backward(dtype, residuals, d_BTD):
   embedding_VD, token_BT = residuals
-  zeros_VD = jnp.zeros_like(embedding_VD)
-  return zeros_VD.at[token_BT].add(d_BTD.astype(embedding_VD.dtype)), None
+  d_VD = jnp.zeros_like(embedding_VD).at[token_BT].add(d_BTD.astype(embedding_VD.dtype))
+  # Pinned, or each device would add up the tokens of all devices, for its own slice of D.
+  return shard(d_VD, "VD"), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

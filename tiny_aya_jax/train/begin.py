@@ -23,7 +23,7 @@ class Begin(NamedTuple):
   step: int  # the optimiser step it goes on from
   start: int  # the step at which the run or its fork began: schedules count from here
   plan: dict
-  origin: dict | None  # of a fork: {"path", "params"}, the checkpoint it came from
+  origin: dict | None  # {"path", "params"} of the checkpoint the run was begun from
   said: str
 
 
@@ -78,7 +78,7 @@ def _resume(config, workdir, plan, tokenizer):
   said += [f"left out, because it is incomplete: {folder}" for folder in saved.incomplete(workdir)]
   said += [f"accepted change: {'; '.join(changes)}"] if changes else []
   return Begin(
-      path, True, meta["step"], meta["start"], _with_paths(followed, plan), meta["origin"],
+      path, True, meta["step"], meta["start"], _with_paths(followed, plan), meta.get("origin"),
       "\n".join(said),
   )
 
@@ -154,10 +154,10 @@ def _changes(before, now):
 
 def _changed_steps(meta, config, done):
   """Another number of steps is another rate once the rate falls; before, it changes nothing."""
-  if meta["steps"] == config.steps:
-    return []
-  falls_after = min(_constant_steps(config.schedule, steps) for steps in (meta["steps"], config.steps))
-  return [f"steps {meta['steps']} (now {config.steps})"] if done > falls_after else []
+  before = meta.get("steps", config.steps)
+  falls_after = min(_constant_steps(config.schedule, steps) for steps in (before, config.steps))
+  changed = before != config.steps and done > falls_after
+  return [f"steps {before} (now {config.steps})"] if changed else []
 
 
 def _constant_steps(schedule, steps):
@@ -171,7 +171,7 @@ def _origin(path, meta):
 
 def _same_origin(workdir, meta):
   """A trunk may have gone on since the fork, or be gone; it must not be another one in its place."""
-  origin = meta["origin"]
+  origin = meta.get("origin")
   if origin and (pathlib.Path(origin["path"]) / "meta").is_dir():
     if _origin(origin["path"], saved.meta(origin["path"])) != origin:
       raise run.Refused(
