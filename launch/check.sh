@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What CI runs: installs, then every test, the tiny pipeline among them; prints the ten slowest.
 #
-#   bash launch/check.sh          in CI, about 20 minutes cold on two cores
-#   bash launch/check.sh full     also Python 3.12, and the forward pass compiled for a TPU
+#   bash launch/check.sh          in CI, about 15 minutes cold on two cores
+#   bash launch/check.sh full     also Python 3.12 ($PYTHON312), and the forward pass compiled for a TPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh "export,track,test,parity"
@@ -15,7 +15,7 @@ python -m pytest tests --durations=10 -q
 if [ "${1:-}" = full ]; then
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"
   python launch/tpu_lowering.py
-  rm -rf .venv312 && python3.12 -m venv .venv312
+  rm -rf .venv312 && "${PYTHON312:-python3.12}" -m venv .venv312
   .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[export,track,test]"
   .venv312/bin/python -m pytest tests -q
 fi
