@@ -2,7 +2,7 @@
 # Sourced with the extras wanted: makes .venv if there is none, installs once per setup.py, puts it on PATH.
 # PYTHON chooses the interpreter of a new .venv (3.11 or newer).
 extras=$1
-if ! [ -x .venv/bin/python ]; then
+if ! [ -x .venv/bin/python ] || ! [ -e .venv/bin/activate ]; then  # written last
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "refused: $python is $("$python" --version 2>&1), expected Python 3.11 or newer; set PYTHON" >&2
@@ -10,7 +10,7 @@ if ! [ -x .venv/bin/python ]; then
   }
   "$python" -m venv --clear .venv
 fi
-# Not `activate`, which names the place where the environment was made. So does the stamp: an
+# `activate` is not sourced: it names the place where the environment was made. So does the stamp: an
 # environment that was moved installs again.
 PATH=$PWD/.venv/bin:$PATH
 export PATH

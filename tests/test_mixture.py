@@ -44,6 +44,8 @@ def seventy(seed=0):
     (lambda plan: plan["segments"][0]["thresholds"].reverse(), "thresholds rise to 2^40"),
     (lambda plan: plan["segments"][0]["thresholds"].pop(), "69 thresholds and 70 offsets"),
     (lambda plan: plan["segments"][0].update(start_row=5), "start at rows [5]"),
+    (lambda plan: plan["segments"][0].update(thresholds=None), "are no lists"),
+    (lambda plan: plan["sources"].__setitem__(1, plan["sources"][0]), "listed twice"),
     (lambda plan: plan["segments"][0]["offsets"].__setitem__(0, -1), "whole numbers"),
 ])
 def test_a_plan_with_wrong_numbers_is_refused(spoil, said):

@@ -382,6 +382,20 @@ def test_sources_of_the_stage_that_are_not_of_this_text_are_named(config, tmp_pa
   assert "deu_Latn/web, deu_Latn/wiki" in said
 
 
+def test_a_killed_overwrite_and_a_text_that_went_are_not_called_up_to_date(config, tmp_path, capsys):
+  pack.main(config, tmp_path)
+  (tmp_path / "train" / "deu_Latn" / ".web.tmp").mkdir()  # what a killed pack leaves
+  with pytest.raises(run.Refused, match="is not whole"):
+    pack.read_manifests(tmp_path / "train")
+  pack.main(config, tmp_path)
+  assert len(pack.read_manifests(tmp_path / "train")) == 3
+  (tmp_path / "train" / "deu_Latn" / ".gone.tmp").mkdir()
+  capsys.readouterr()
+  pack.main(config, tmp_path)
+  said = capsys.readouterr().out
+  assert "up to date" not in said and "is not whole" in said and ".gone.tmp" in said
+
+
 def test_the_table_has_a_line_a_language_and_their_sum(config, tmp_path, capsys):
   pack.main(config, tmp_path)
   lines = capsys.readouterr().out.splitlines()

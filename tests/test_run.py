@@ -83,7 +83,6 @@ def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said)
     ("optimizer.adamw.eps", "0", "eps 0.0"),
     ("mesh.data", "-1", "at most one size is -1"),
     ("show", "0", "config.show is 0"),
-    ("init_from", "nowhere", "nowhere does not exist"),
     ("steps", "0", "expected at least 1"),
     ("data.batch", "0", "config.data.batch is 0"),
     ("loss.chunk", "0", "config.loss.chunk is 0"),

@@ -98,8 +98,11 @@ def test_a_link_to_nothing_and_a_name_that_is_no_text_are_refused(tmp_path):
     text.languages(tmp_path)
   (tmp_path / "eng_Latn.txt").unlink()
   (tmp_path / "a\udcff.jsonl").touch()
-  with pytest.raises(run.Refused, match="a name that cannot be written"):
+  with pytest.raises(run.Refused, match="bytes that are no UTF-8"):
     text.languages(tmp_path)
+  (tmp_path / "a\udcff.jsonl").unlink()
+  write(tmp_path / "fas_Arab" / "\u06af\u0641\u062a\u200c\u0648\u06af\u0648.txt", "fine")
+  assert everything(tmp_path) == {("fas_Arab", "text"): ["fine"]}
 
 
 def test_code_is_a_language_here(tmp_path):

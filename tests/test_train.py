@@ -131,7 +131,8 @@ def test_a_loss_that_is_not_finite_exits_77_and_is_never_saved(data, tmp_path):
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
-  more = (f"--config.data.validation={data / 'rows/validation'}", "--config.evaluate_every=2")
+  more = (f"--config.data.validation={data / 'rows/validation'}", "--config.evaluate_every=2",
+          "--config.schedule.warmup_steps=0")
   arguments = command(data, tmp_path, "--config.steps=100000", "--config.stop_after=1", *more)
   assert subprocess.run(arguments, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode == 75
   stopped = saved.steps(tmp_path)[-1]
@@ -140,9 +141,9 @@ def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
           if "evaluation" not in row or row["step"] != stopped]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   for _ in range(2):  # the second start finds it done
-    assert pretrain(data, tmp_path, *more, every, f"--config.steps={stopped + 1}") == 0
+    assert pretrain(data, tmp_path, *more, every, f"--config.steps={stopped}") == 0
   found = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl") if "evaluation" in row]
-  assert found.count(stopped) == 1 and found[-1] == stopped + 1
+  assert found.count(stopped) == 1
 
 
 def test_a_part_of_a_checkpoint_is_no_checkpoint(data, whole, tmp_path, capsys):
@@ -158,6 +159,9 @@ def test_a_part_of_a_checkpoint_is_no_checkpoint(data, whole, tmp_path, capsys):
   (newest / "data" / "data.json").write_text("")
   assert pretrain(data, tmp_path, "--config.steps=9", "--config.accumulate=2") == 65
   assert "data.json is not JSON" in capsys.readouterr().err
+  (tmp_path / "only" / "checkpoints" / "4").mkdir(parents=True)
+  assert pretrain(data, tmp_path / "only", "--config.steps=8") == 65  # not begun anew behind its back
+  assert "has no other" in capsys.readouterr().err
 
 
 def test_a_falling_rate_is_not_stretched_by_a_resume(data, tmp_path, capsys):
@@ -217,6 +221,12 @@ def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole,
   assert prints(sft)["params"] == prints(fork)["params"]  # a rate of 0 leaves what it started from
 
 
+def test_an_init_from_that_is_not_there_is_refused(data, tmp_path, capsys):
+  assert pretrain(data, tmp_path / "run", "--config.init_from=nowhere") == 65
+  assert "config.init_from: nowhere does not exist" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_fork_of_a_trunk_that_was_trained_anew_is_refused(data, whole, tmp_path, capsys):
   trunk, fork = tmp_path / "trunk", tmp_path / "fork"
   shutil.copytree(whole, trunk)
@@ -224,9 +234,64 @@ def test_a_fork_of_a_trunk_that_was_trained_anew_is_refused(data, whole, tmp_pat
   assert call("train", "cooldown.py:tiny", fork, *more) == 0
   assert call("train", "cooldown.py:tiny", fork, *more) == 0
   shutil.rmtree(trunk)
+  assert call("train", "cooldown.py:tiny", fork, *more) == 0  # a trunk that is gone says nothing
   assert pretrain(data, trunk, "--config.steps=8", "--config.accumulate=2", "--config.seed=1") == 0
   assert call("train", "cooldown.py:tiny", fork, *more) == 65
-  assert "holds other parameters now" in capsys.readouterr().err
+  assert "trained anew since" in capsys.readouterr().err
+
+
+def test_a_plan_file_is_followed_and_a_changed_one_is_accepted_only_on_purpose(data, tmp_path, capsys):
+  from tiny_aya_jax.data import loader, mixture
+
+  rule = dict(kind="temperature", temperature=3.33, languages=("all",))
+  plan = mixture.plan(loader.read_manifests(data / "rows" / "train"), rule)
+  staged = mixture.append(plan, 64, {"tur_Latn": 1.0})
+  run.write_json(tmp_path / "plan.json", staged)
+  more = (f"--config.data.plan={tmp_path / 'plan.json'}", "--config.steps=6")
+  assert pretrain(data, tmp_path / "run", *more, "--config.stop_after=100000") == 0
+  assert saved.data(tmp_path / "run")["plan"]["segments"] == staged["segments"]
+  losses = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "languages" in row]
+  assert list(losses[-1]["languages"]) == ["tur_Latn"] and len(losses[0]["languages"]) == 4
+  assert pretrain(data, tmp_path / "run", *more) == 0
+  run.write_json(tmp_path / "plan.json", mixture.append(staged, 160, {"wol_Latn": 1.0}))
+  assert pretrain(data, tmp_path / "run", *more) == 65
+  assert "another data.plan" in capsys.readouterr().err
+  assert pretrain(data, tmp_path / "run", *more, "--config.data.accept_change=True") == 0
+
+
+def test_rows_that_are_not_drawn_may_come_and_go(data, tmp_path):
+  rows = tmp_path / "rows"
+  shutil.copytree(data / "rows" / "train", rows)
+  kept = tmp_path / "kept"
+  shutil.move(rows / "wol_Latn", kept)
+  two = (f"--config.data.rows={rows}", "--config.data.mixture.languages=('deu_Latn', 'tur_Latn')")
+  assert pretrain(data, tmp_path / "run", *two, "--config.steps=2") == 0
+  shutil.move(kept, rows / "wol_Latn")
+  shutil.rmtree(rows / "hin_Deva")
+  assert pretrain(data, tmp_path / "run", *two, "--config.steps=3") == 0
+
+
+def test_a_run_begins_from_a_hugging_face_folder_of_the_same_ids(data, whole, tmp_path, capsys):
+  from tiny_aya_jax.data import tokenizer
+  from tiny_aya_jax.export import huggingface
+  import ml_collections
+
+  ours = tokenizer.load(data / "tokenizer.model")
+  params, meta = checkpoint.restore_params(whole)
+  folder = tmp_path / "hf"
+  huggingface.write(folder, params, ml_collections.ConfigDict(meta["model"]), ours)
+  more = (f"--config.init_from={folder}", "--config.steps=1", "--config.schedule.peak=0.0",
+          "--config.schedule.warmup_steps=0")
+  assert pretrain(data, tmp_path / "run", *more) == 0
+  assert prints(tmp_path / "run")["params"] == prints(whole)["params"]
+  text = (folder / "tokenizer.json").read_text()
+  one, other = [ours.piece(id) for id in range(300, ours.size) if ours.bytes_V[id] == 1][1:3]
+  swapped = json.loads(text)
+  vocab = swapped["model"]["vocab"]
+  vocab[one], vocab[other] = vocab[other], vocab[one]
+  (folder / "tokenizer.json").write_text(json.dumps(swapped))
+  assert pretrain(data, tmp_path / "other", *more) == 65
+  assert "has another tokenizer" in capsys.readouterr().err
 
 
 def test_show_prints_what_a_fork_sees_next(data, whole, tmp_path, capsys):

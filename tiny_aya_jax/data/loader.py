@@ -44,7 +44,7 @@ class Loader:
   def __init__(self, plan, seed, batch, process=(0, 1)):
     self.plan, self.seed, self.batch = plan, seed, batch
     self.rows = _slice(batch, process)
-    manifests = [planned(source, plan) for source in plan["sources"] if not _left(source, plan)]
+    manifests = planned(plan)
     _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
     self._opened = {manifest["name"]: (_in_order(manifest), manifest) for manifest in manifests}
     self._rows = np.array([source["rows"] for source in plan["sources"]], np.int64)
@@ -62,7 +62,7 @@ class Loader:
   def _source(self, index):
     source = self.plan["sources"][index]
     if source["name"] not in self._opened:
-      planned(source, self.plan)  # refuses: its rows are gone
+      _planned(source, self.plan)  # refuses: its rows are gone
     return self._opened[source["name"]]
 
   def batches(self, first_step, threads, prefetch):
@@ -130,15 +130,19 @@ def _slice(batch, process):
   return range(index * each, (index + 1) * each)
 
 
-def _left(source, plan):
-  """Whether the plan's last segment draws nothing from a source, and its rows are gone."""
-  index, ends = plan["sources"].index(source), plan["segments"][-1]["thresholds"]
-  drawn = index < len(ends) and ends[index] > (ends[index - 1] if index else 0)
-  return not drawn and not (pathlib.Path(source["path"]) / "manifest.json").exists()
+def planned(plan):
+  """The manifests of a plan's sources, which must still hold the rows that were planned.
+
+  Left out are sources whose rows are gone, if the plan's last segment draws nothing from them.
+  """
+  drawn = mixture.drawn(plan)
+  return [
+      _planned(source, plan) for source in plan["sources"]
+      if source["name"] in drawn or (pathlib.Path(source["path"]) / "manifest.json").exists()
+  ]
 
 
-def planned(source, plan):
-  """The manifest of a plan's source, which must still hold the rows that were planned."""
+def _planned(source, plan):
   manifest = read_manifest(local(source["path"], "the plan's rows"))
   check_fields(manifest)
   for field in ("T", "tokenizer_sha256"):
@@ -299,10 +303,10 @@ def read_manifests(folder):
   pack was killed or refused, is Refused.
   """
   folder = pathlib.Path(local(folder, "packed rows"))
-  if unfinished := sorted(folder.glob("*/" + HIDDEN.format("*"))):
+  if hidden := unfinished(folder):
     raise run.Refused(
-        f"{folder} is not whole: {len(unfinished)} sources are still to be packed, such as "
-        f"{unfinished[0]}: run pack again, or remove that folder if its text is not wanted"
+        f"{folder} is not whole: {len(hidden)} sources are still to be packed, such as {hidden[0]}: "
+        f"run pack again, or remove {folder / '*' / HIDDEN.format('*')} if their text is not wanted"
     )
   found = sorted(path.parent for path in folder.glob("*/*/manifest.json"))
   manifests = [read_manifest(path) for path in found]
@@ -314,6 +318,11 @@ def read_manifests(folder):
   _one(manifests, "T")
   _one(manifests, "tokenizer_sha256")
   return sorted(manifests, key=lambda manifest: (manifest["language"], manifest["source"]))
+
+
+def unfinished(stage):
+  """The hidden folders of a stage's sources that pack has begun and not finished."""
+  return sorted(stage.glob("*/" + HIDDEN.format("*")))
 
 
 def read_manifest(folder):

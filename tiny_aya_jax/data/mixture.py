@@ -230,11 +230,16 @@ def check(plan, what):
   for source in plan["sources"]:
     if not isinstance(source, dict) or not set(_SOURCE_FIELDS) <= source.keys():
       refuse(f"a source is {source!r:.60}, expected {', '.join(_SOURCE_FIELDS)}")
+  names = [source["name"] for source in plan["sources"]]
+  if len(set(names)) < len(names):
+    refuse(f"a source is listed twice among {len(names)}")
   starts = []
   for segment in plan["segments"]:
     if not isinstance(segment, dict) or not {"start_row", "thresholds", "offsets"} <= segment.keys():
-      refuse(f"a segment is {segment!r:.60}, expected start_row, weights, thresholds, offsets")
+      refuse(f"a segment is {segment!r:.60}, expected start_row, thresholds and offsets")
     ends, offsets = segment["thresholds"], segment["offsets"]
+    if not isinstance(ends, list) or not isinstance(offsets, list):
+      refuse(f"thresholds {ends!r:.40} and offsets {offsets!r:.40} are no lists")
     if not all(isinstance(x, int) and x >= 0 for x in (segment["start_row"], *ends, *offsets)):
       refuse("start_row, thresholds and offsets are whole numbers of at least 0")
     if len(ends) != len(offsets) or not 0 < len(ends) <= len(plan["sources"]):
@@ -243,8 +248,8 @@ def check(plan, what):
     if ends != sorted(ends) or ends[-1] != UNIT:
       refuse(f"thresholds rise to 2^40, given {ends[-3:]} at the end")
     starts.append(segment["start_row"])
-  if starts[0] != 0 or starts != sorted(set(starts)):
-    refuse(f"its segments start at rows {starts[:5]}, expected 0 and then rising numbers")
+  if starts[0] != 0 or starts != sorted(starts):
+    refuse(f"its segments start at rows {starts[:5]}, expected 0 and never a smaller number")
 
 
 def plan_sha256(plan):
@@ -261,6 +266,13 @@ def plan_sha256(plan):
           ],
       )
   )
+
+
+def drawn(plan):
+  """{source name: width of its interval} of the sources that the plan's last segment draws from."""
+  ends = plan["segments"][-1]["thresholds"]
+  widths = [end - start for start, end in zip([0, *ends], ends)]
+  return {source["name"]: width for source, width in zip(plan["sources"], widths) if width}
 
 
 def counts(plan, row):

@@ -65,8 +65,8 @@ def main(config, workdir):
     raise run.Refused(f"{config.text} has no documents at all: there is nothing to pack")
   for line in table(manifests):
     run.say(line)
-  _say_others(pathlib.Path(workdir) / config.stage, jobs)
-  if not due:
+  whole = _say_others(pathlib.Path(workdir) / config.stage, jobs)
+  if not due and whole:
     run.say(f"up to date: {pathlib.Path(workdir) / config.stage}")
   return run.EXIT["done"]
 
@@ -75,15 +75,20 @@ _Job = collections.namedtuple("_Job", "code source paths folder inputs")
 
 
 def _say_others(stage, jobs):
-  """Names the sources of the stage that are not of this text: training draws from them as well."""
+  """Names the sources that the stage holds and this call was not asked for; False if it is not whole."""
   ours = {(job.code, job.source) for job in jobs}
   found = sorted(path.parts[-3:-1] for path in stage.glob("*/*/manifest.json"))
   others = ["/".join(place) for place in found if place not in ours]
   if others:
     run.say(
-        f"{stage} also holds {len(others)} sources that are not of this text, and training draws "
+        f"{stage} also holds {len(others)} sources that this call did not pack, and training draws "
         f"from them: {', '.join(others)}; remove their folders if they are stale"
     )
+  unfinished = loader.unfinished(stage)
+  if unfinished:
+    run.say(f"{stage} is not whole: {', '.join(map(str, unfinished))} of another call are still to be "
+            "packed; remove what is not wanted any more")
+  return not unfinished
 
 
 def _check(config, workdir):
@@ -129,6 +134,8 @@ def _inputs(config, paths, tokenizer_sha256):
 def _done(job, overwrite):
   """Whether the source is packed from these inputs, and its rows are still there in full size."""
   if not run.up_to_date(os.path.join(job.folder, "manifest.json"), job.inputs, overwrite):
+    return False
+  if _hidden(job).exists():  # an overwriting call was killed
     return False
   try:
     loader.read_manifest(job.folder)
@@ -184,8 +191,10 @@ def pack_source(job, config):
 
 
 def _empty(folder):
-  shutil.rmtree(folder, ignore_errors=True)
-  folder.mkdir(parents=True)
+  """Removes what is in it; the folder itself stays all the while, as a sign."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for path in folder.iterdir():
+    path.unlink()
 
 
 def _replace(folder, temporary):

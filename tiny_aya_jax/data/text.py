@@ -20,6 +20,7 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
+import unicodedata
 import zlib
 
 try:
@@ -145,8 +146,9 @@ def _visible(folder):
   for path in paths:
     if not path.exists():
       raise run.Refused(f"{path} is a link to nothing: remove it, or bring back what it names")
-    if not path.name.isprintable():  # bytes that are no UTF-8 among them
-      raise run.Refused(f"{str(path)!a} has a name that cannot be written: rename it")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
+      raise run.Refused(f"{str(path)!a} has a name with control characters or bytes that are no "
+                        "UTF-8: rename it")
   return paths
 
 

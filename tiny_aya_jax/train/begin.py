@@ -23,7 +23,7 @@ class Begin(NamedTuple):
   step: int  # the optimiser step it goes on from
   start: int  # the step at which the run or its fork began: schedules count from here
   plan: dict
-  origin: dict | None  # {"path", "params"} of the checkpoint the run was begun from
+  origin: dict | None  # {"step", "params": digest} of the checkpoint the run was begun from
   said: str
 
 
@@ -36,6 +36,7 @@ def decide(config, workdir, plan, tokenizer):
                       "start anew")
   if not config.init_from:
     return Begin(None, False, 0, 0, plan, None, f"parameters from scratch, seed {config.seed}")
+  run.existing("init_from", config.init_from)
   if config.init_what == "state":
     return _fork(config, plan, tokenizer)
   if (pathlib.Path(config.init_from) / "config.json").exists():
@@ -44,7 +45,7 @@ def decide(config, workdir, plan, tokenizer):
     path = saved.find(config.init_from)
     meta = saved.meta(path)
     _same_model(path, meta, config, tokenizer)
-    origin = _origin(path, meta)
+    origin = _origin(meta)
   return Begin(path, False, 0, 0, plan, origin, f"parameters from {path}, step 0")
 
 
@@ -53,16 +54,18 @@ def _resume(config, workdir, plan, tokenizer):
   meta, data = saved.meta(path), saved.data(path)
   _same_model(path, meta, config, tokenizer)
   _same_length(path, meta, config)
-  _same_origin(workdir, meta)
   done = meta["step"] - meta["start"]
   if config.steps < done:
     raise run.Refused(f"{path} has {done} steps behind it, config.steps is {config.steps}")
   changes = _changes(meta["run"], facts(config)) + _changed_steps(meta, config, done)
+  origin = _origin_now(config, meta)
+  if origin != meta.get("origin"):
+    changes.append(f"{config.init_from}, trained anew since")
   wanted = _follow(config, data, plan)
   if config.data.plan:
     if mixture.plan_sha256(plan) != data["plan_sha256"]:
       changes.append("data.plan")
-  elif wanted["segments"][-1]["thresholds"] != data["plan"]["segments"][-1]["thresholds"]:
+  elif mixture.drawn(wanted) != mixture.drawn(data["plan"]):
     changes.append("data.mixture or the rows")
   if changes and not config.data.accept_change:
     raise run.Refused(
@@ -78,7 +81,7 @@ def _resume(config, workdir, plan, tokenizer):
   said += [f"left out, because it is incomplete: {folder}" for folder in saved.incomplete(workdir)]
   said += [f"accepted change: {'; '.join(changes)}"] if changes else []
   return Begin(
-      path, True, meta["step"], meta["start"], _with_paths(followed, plan), meta.get("origin"),
+      path, True, meta["step"], meta["start"], _with_paths(followed, plan), origin,
       "\n".join(said),
   )
 
@@ -98,7 +101,7 @@ def _fork(config, plan, tokenizer):
   if not config.data.plan:
     forked = _continue(forked, data, config.data.batch)
   return Begin(
-      path, True, meta["step"], meta["step"], forked, _origin(path, meta),
+      path, True, meta["step"], meta["step"], forked, _origin(meta),
       f"forked from {path}: moments, step {meta['step']} and data counters go on",
   )
 
@@ -165,19 +168,23 @@ def _constant_steps(schedule, steps):
   return 1 + (steps - schedule.decay_steps if schedule.shape == "wsd" else schedule.warmup_steps)
 
 
-def _origin(path, meta):
-  return dict(path=str(path), params=run.fingerprint(meta["fingerprints"]["params"]))
+def _origin(meta):
+  return dict(step=meta["step"], params=run.fingerprint(meta["fingerprints"]["params"]))
 
 
-def _same_origin(workdir, meta):
-  """A trunk may have gone on since the fork, or be gone; it must not be another one in its place."""
+def _origin_now(config, meta):
+  """What `init_from` holds today at the step that the run began from.
+
+  A trunk may have gone on since, be pruned, moved or removed: then nothing is known against it.
+  """
   origin = meta.get("origin")
-  if origin and (pathlib.Path(origin["path"]) / "meta").is_dir():
-    if _origin(origin["path"], saved.meta(origin["path"])) != origin:
-      raise run.Refused(
-          f"{workdir} began from {origin['path']}, which holds other parameters now: give another "
-          "--workdir, or remove this one to begin from the new ones"
-      )
+  if not origin or not config.init_from:
+    return origin
+  for path in (pathlib.Path(config.init_from),
+               pathlib.Path(config.init_from) / "checkpoints" / str(origin["step"])):
+    if saved.is_checkpoint(path) and saved.meta(path)["step"] == origin["step"]:
+      return _origin(saved.meta(path))
+  return origin
 
 
 def _same_model(path, meta, config, tokenizer):

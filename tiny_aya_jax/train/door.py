@@ -74,8 +74,7 @@ def plan(config, manifests):
     places = {manifest["name"]: manifest["path"] for manifest in manifests}  # rows may have moved
     given["sources"] = [source | dict(path=places.get(source["name"], source["path"]))
                         for source in given["sources"]]
-    for source in given["sources"]:
-      loader.planned(source, given)
+    loader.planned(given)
     return given
   return mixture.plan(manifests, config.data.mixture.to_dict())
 
@@ -109,8 +108,6 @@ def _fields(config):
   if config.init_what == "state" and not config.init_from:
     raise run.Refused("config.init_what is 'state' and config.init_from is not set: name the run "
                       "or checkpoint to fork from")
-  if config.init_from:
-    run.existing("init_from", config.init_from)
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
   if warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
     raise run.Refused(

@@ -10,18 +10,18 @@ from tiny_aya_jax import run
 
 def steps(workdir):
   """The steps of a workdir that evaluate, merge, export and talk can read, ascending."""
-  return sorted(int(path.name) for path in _folders(workdir) if _is_checkpoint(path))
+  return sorted(int(path.name) for path in _folders(workdir) if is_checkpoint(path))
 
 
 def incomplete(workdir):
   """The folders named like a step that lack params or meta: something removed a part of them."""
-  return sorted(path for path in _folders(workdir) if not _is_checkpoint(path))
+  return sorted(path for path in _folders(workdir) if not is_checkpoint(path))
 
 
 def find(path):
   """A workdir (its newest step) or a checkpoint folder itself -> the checkpoint's folder."""
   path = pathlib.Path(path).absolute()
-  if _is_checkpoint(path):
+  if is_checkpoint(path):
     return path
   found = steps(path)
   if not found:
@@ -48,5 +48,6 @@ def _folders(workdir):
   return [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
 
 
-def _is_checkpoint(path):
+def is_checkpoint(path):
+  """Whether a folder has what later stages read of a checkpoint."""
   return (path / "params").is_dir() and (path / "meta").is_dir()
