@@ -152,12 +152,19 @@ def stored(folder):
 # --- against transformers -----------------------------------------------------------------------
 
 
+def assert_close(one_BTV, other_BTV, what):
+  """Shows the figure (pytest -s), and holds it below 1e-4."""
+  difference = np.abs(one_BTV - other_BTV).max()
+  print(f"{what}: logits up to {np.abs(other_BTV).max():.1f} differ by {difference:.1e} at most")
+  assert difference < 1e-4
+
+
 def test_logits_of_a_model_made_by_transformers_are_equal(foreign):
   params, cfg = huggingface.read(foreign.folder)
   assert foreign.asked.T > 2 * cfg.window
   assert (foreign.asked.shard == "5GB") == (len(list(foreign.folder.glob("*.safetensors"))) == 1)
   ours_BTV = our_logits(params, cfg, foreign.token_BT)
-  assert np.abs(ours_BTV - foreign.logits_BTV).max() < 1e-4
+  assert_close(ours_BTV, foreign.logits_BTV, "read")
   assert np.abs(foreign.logits_BTV).max() > 0.1
 
 
@@ -165,7 +172,7 @@ def test_transformers_computes_the_same_logits_from_what_we_write(torch, foreign
   params, cfg = huggingface.read(foreign.folder)
   huggingface.write(tmp_path / "out", params, cfg, Tokens(), shard_bytes=20_000)
   theirs_BTV = their_logits(torch, load(torch, tmp_path / "out"), foreign.token_BT)
-  assert np.abs(theirs_BTV - foreign.logits_BTV).max() < 1e-4
+  assert_close(theirs_BTV, foreign.logits_BTV, "read and written")
 
 
 def test_reading_and_writing_in_the_same_dtype_leaves_every_byte_of_every_tensor(foreign, tmp_path):
