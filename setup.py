@@ -5,7 +5,9 @@ from setuptools import find_packages, setup
 EXTRAS = dict(
     tpu=["jax[tpu]"],
     cuda=["jax[cuda13]"],
-    data=["pyarrow", "zstandard"],
+    # clean.py; what datatrove imports without asking for it, and what its URL filter needs, beside it.
+    data=["datatrove==0.10.1", "regex", "pyyaml", "tldextract", "pyahocorasick", "fasteners",
+          "py3langid", "pyarrow", "zstandard"],
     export=["safetensors", "tokenizers"],
     track=["tensorboardX"],
     gcp=["gcsfs"],

@@ -24,7 +24,7 @@ out=$(realpath -m "${OUT:-$here/runs/$size}")
 cd "$here"
 mkdir -p "$out"
 # shellcheck source=launch/environment.sh
-. launch/environment.sh "export,track"
+. launch/environment.sh "data,export,track"
 
 stage() {  # stage VERB EXPERIMENT WORKDIR FIELDS...: prints what it runs, and runs it
   local verb=$1 experiment=$2 workdir=$3 fields=("${@:4}")
@@ -38,8 +38,9 @@ beside=(data.validation="$out/rows/validation" tokenizer="$tokenizer")
 rows=(data.rows="$out/rows/train" "${beside[@]}")
 
 if [ "$size" = tiny ]; then
-  stage vocab vocab.py:tiny "$out"
-  stage pack pack.py:tiny "$out/rows" tokenizer="$tokenizer"
+  stage clean clean.py:tiny "$out/text"
+  stage vocab vocab.py:tiny "$out" text="$out/text"
+  stage pack pack.py:tiny "$out/rows" text="$out/text" tokenizer="$tokenizer"
   stage pack pack.py:tiny_validation "$out/rows" tokenizer="$tokenizer"
   stage pack pack.py:tiny_sft "$out/rows" tokenizer="$tokenizer"
   stage train pretrain.py:tiny "$out/pretrain" "${rows[@]}"
@@ -50,8 +51,9 @@ if [ "$size" = tiny ]; then
     tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')"
   model=$out/sft prompt="Friday, Saturday, Sunday,"
 else
-  stage vocab vocab.py:small "$out" text="$text"
-  stage pack pack.py:small "$out/rows" text="$text" tokenizer="$tokenizer"
+  stage clean clean.py "$out/text" text="$text"
+  stage vocab vocab.py:small "$out" text="$out/text"
+  stage pack pack.py:small "$out/rows" text="$out/text" tokenizer="$tokenizer"
   stage pack pack.py:small "$out/rows" text="$validation" stage=validation tokenizer="$tokenizer"
   stage train pretrain.py:small "$out/pretrain" "${rows[@]}"
   stage train cooldown.py:small "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"

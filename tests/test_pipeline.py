@@ -38,6 +38,12 @@ def test_it_says_where_everything_is(out):
     assert line.endswith(name) and pathlib.Path(line.split()[-1]).exists()
 
 
+def test_clean_keeps_nine_documents_in_ten_of_every_language(out):
+  rows = json.loads((out / "text" / "clean.json").read_text())["languages"]
+  assert len(rows) == 70
+  assert min(row["kept_documents"] / row["documents"] for row in rows.values()) >= 0.9
+
+
 def test_every_language_is_learned_and_reported(out):
   result = json.loads((out / "report" / "evaluation.json").read_text())
   columns = result["bits_per_byte"]

@@ -102,6 +102,7 @@ def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, 
 
 
 @pytest.mark.parametrize("verb, fields", [
+    ("clean", ("clean.py", "--config.text=nowhere")),
     ("train", ("pretrain.py", "--config.data.rows=nowhere", "--config.tokenizer=t")),
     ("evaluate", ("evaluate.py", "--config.rows=r", "--config.tokenizer=t",
                   "--config.checkpoints=('nowhere',)")),

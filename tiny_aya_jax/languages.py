@@ -195,7 +195,7 @@ _CONFUSABLE = dict(
   xho_Latn="zu",
   yor_Latn="pcm",
   zul_Latn="xh",
-  pcm_Latn="en",
+  pcm_Latn="en yo",
 )
 
 # Names of more than one language: `expand` gives them all, `find` refuses them.

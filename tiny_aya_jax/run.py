@@ -75,6 +75,11 @@ def existing(field, path):
   return path
 
 
+def installed(package):
+  """Whether a package can be imported; it is not."""
+  return importlib.util.find_spec(package) is not None
+
+
 def parse(argv, verbs_without_workdir=()):
   """['VERB', '--config=FILE[:variant]', '--workdir=DIR', '--config.x=y'] -> (config, workdir).
 

@@ -1,17 +1,19 @@
 """Readers of raw text: a folder (or the embedded corpus) -> documents by language and source.
 
 A document is a str, or a list of {"role", "content"} messages. Streaming: one document in memory.
-Not a filter: whatever is malformed is refused with its place, and nothing is repaired or dropped
-but empty documents.
+Not a filter: `read` refuses whatever is malformed with its place, repairs nothing and drops nothing
+but empty documents; `records` hands what is malformed to a caller that counts it (clean.py).
 
     DIR/<code>[/<source>]/*.{jsonl,txt}[.gz,.zst]   source: the folder's name, else 'text'
+    DIR/<code>[/<source>]/*.parquet                 the same
     DIR/<code>.{jsonl,txt}[.gz,.zst]                source 'text'
     DIR/<anything>.jsonl[.gz,.zst]                  language by each record's "lang" or "language",
                                                     source: the file's name (the file is read
                                                     once a language: split big ones)
     embedded/<split>                                toy.py, source 'cldr'
 
-In .txt a blank line ends a document. In .jsonl each line is {"text": ...} or {"messages": [...]}.
+In .txt a blank line ends a document. In .jsonl each line, and in .parquet each row, is
+{"text": ...} or {"messages": [...]}; other fields are no part of the document.
 """
 
 import functools
@@ -34,30 +36,53 @@ from tiny_aya_jax.data import toy
 
 KINDS = (".txt", ".jsonl")
 COMPRESSIONS = ("", ".gz", ".zst")
-SUFFIXES = tuple(kind + compression for kind in KINDS for compression in COMPRESSIONS)
+PARQUET = ".parquet"
+SUFFIXES = (*(kind + compression for kind in KINDS for compression in COMPRESSIONS), PARQUET)
+CLEANING = ".clean"  # clean.py's unfinished work; while it is there, the folder is not whole
+MALFORMED = ("invalid UTF-8", "lone surrogate", "not JSON", "no text", "no conversation")
+CLEANED = "clean.json"  # clean.py's report: licences among other things
 LANGUAGE_FIELDS = ("lang", "language")
 ROLES = dict(system="system", user="user", assistant="assistant", chatbot="assistant")
+
+
+class Malformed(run.Refused):
+  """A record or document that is none. `reason`: of a handful, for counting; str: with its place."""
+
+  def __init__(self, reason, sentence):
+    super().__init__(sentence)
+    self.reason = reason
 
 
 def languages(source):
   """{code: {source name: [paths]}} of a folder or 'embedded/<split>', in the table's order.
 
   Records with a language field make it read those files once. Refuses a missing or empty folder,
-  a remote path, and a text file or folder whose name is no language, with the nearest one.
+  a remote path, one that clean has not finished, and a text file or folder whose name is no
+  language, with the nearest one. A name of two languages counts as the first, which is said.
   The embedded corpus has no paths: it is made by toy.py from the data of the installed Babel.
   """
   split = _embedded(source)
   if split:
     return {language.code: {"cldr": []} for language in table.LANGUAGES}
   found = {}
-  for code, name, path in _files(_folder(source)):
-    found.setdefault(code, {}).setdefault(name, []).append(str(path))
+  for codes, name, path in files(source):
+    found.setdefault(_first(codes), {}).setdefault(name, []).append(str(path))
+  order = {code: row for row, code in enumerate(table.select(found))}
+  return {code: dict(sorted(found[code].items())) for code in sorted(found, key=order.get)}
+
+
+def files(source):
+  """[(codes, source name, path)] of a folder's text, by name.
+
+  codes: what the file's, folder's or records' language name means: one code, or the two of
+  'cmn_Hani', whose documents are of either. A file of labelled records comes once a language.
+  """
+  found = list(_files(_folder(source)))
   if not found:
     raise run.Refused(
       f"{source} holds no text: expected <code>.txt.gz or <code>/*.jsonl and the like"
     )
-  order = {code: row for row, code in enumerate(table.select(found))}
-  return {code: dict(sorted(found[code].items())) for code in sorted(found, key=order.get)}
+  return found
 
 
 def read(source, code, name):
@@ -74,12 +99,39 @@ def read(source, code, name):
   run.choose("language of " + str(source), code, sources)
   run.choose(f"source of {code}", name, sources[code])
   for path in map(pathlib.Path, sources[code][name]):
-    if _kind(path.name) == ".txt":
-      yield from _paragraphs(path)
-    elif path.parent == pathlib.Path(source) and not _code(_stem(path.name)):
-      yield from _records(path, _labels(path)[code])
-    else:
-      yield from _records(path)
+    for record in records(path, labels(source, path, code)):
+      if isinstance(record, Malformed):
+        raise record
+      yield record["text"] if "text" in record else record["messages"]
+
+
+def labels(source, path, *codes):
+  """What the records of a file in no language's folder call these languages; None in one."""
+  path = pathlib.Path(path)
+  if path.parent != pathlib.Path(source) or _codes(_stem(path.name)):
+    return None
+  return tuple(label for label, means in _labels(path).items() if set(codes) & set(means))
+
+
+def records(path, labels=None):
+  """Yields each document's record, {"text": str} or {"messages": list} and its other fields, or the
+  Malformed that says why it is none. Documents without any text are left out.
+
+  labels: only records whose language field is one of them. Damaged compression is Refused.
+  """
+  path = pathlib.Path(path)
+  reader = {".txt": _paragraphs, ".jsonl": _lines_of_json, PARQUET: _rows}[_kind(path.name)]
+  for record in reader(path, labels) if labels else reader(path):
+    if isinstance(record, Malformed) or _spoken(record):
+      yield record
+
+
+def licence(source, code, name):
+  """What clean.py noted about a source's licence, or None."""
+  path = pathlib.Path(source) / CLEANED
+  if _embedded(source) or not path.is_file():
+    return None
+  return run.read_json(path, "clean's report").get("licences", {}).get(f"{code}/{name}")
 
 
 def fingerprint(source, paths):
@@ -108,20 +160,22 @@ def _folder(source):
   if not folder.is_dir():
     what = "is a file: give the folder that holds it" if folder.exists() else "does not exist"
     raise run.Refused(f"text folder {source} {what}")
+  if (folder / CLEANING).exists():
+    raise run.Refused(f"{source} is not whole: clean is at work in it or was killed; run it again")
   return folder
 
 
 def _files(folder):
-  """Yields (code, source name, path) of every text file, by name."""
+  """Yields (codes, source name, path) of every text file, by name."""
   for path in _visible(folder):
     if path.is_dir():
       yield from _language_folder(path)
     elif _is_text(path.name):
-      code, stem = _code(_stem(path.name)), _stem(path.name)
-      if code:
-        yield code, "text", path
+      codes, stem = _codes(_stem(path.name)), _stem(path.name)
+      if codes:
+        yield codes, "text", path
       elif _kind(path.name) == ".jsonl":
-        yield from ((code, stem, path) for code in _labels(path))
+        yield from ((codes, stem, path) for codes in dict.fromkeys(_labels(path).values()))
       else:
         table.find(stem)  # refuses with the nearest name
 
@@ -137,8 +191,8 @@ def _language_folder(folder):
     raise run.Refused(f"{deep[0]} is a folder inside a source: text goes into <code>/<source>/")
   inside = [(path, name) for path, name in inside if _is_text(path.name)]
   if inside:
-    code = _code(folder.name) or table.find(folder.name).code
-    yield from ((code, name, path) for path, name in inside)
+    codes = _codes(folder.name) or (table.find(folder.name).code,)
+    yield from ((codes, name, path) for path, name in inside)
 
 
 def _visible(folder):
@@ -166,23 +220,28 @@ def _kind(name):
   return "." + name.removeprefix(_stem(name)).split(".")[1]
 
 
-@functools.cache  # so that it is said once
-def _code(name):
-  """The canonical code that a file or folder name means, or None."""
+def _codes(name):
+  """The canonical codes that a file or folder name means, or None; two of an ambiguous one."""
   if name == table.CODE:
-    return name
+    return (name,)
   if name in table.AMBIGUOUS:
-    first = table.AMBIGUOUS[name][0]
-    run.say(f"{name} means {' and '.join(table.AMBIGUOUS[name])}: all of it is read as {first}")
-    return first
+    return table.AMBIGUOUS[name]
   try:
-    return table.find(name).code
+    return (table.find(name).code,)
   except run.Refused:
     return None
 
 
+@functools.cache  # so that it is said once
+def _first(codes):
+  if len(codes) > 1:
+    run.say(f"text of {' and '.join(codes)} in one: all of it is read as {codes[0]}; the verb clean "
+            "splits it")
+  return codes[0]
+
+
 def _labels(path):
-  """{code: labels} of a file whose records name their language."""
+  """{label: codes} of a file whose records name their language."""
   status = path.stat()
   return _scan(path, status.st_size, status.st_mtime_ns)
 
@@ -191,13 +250,12 @@ def _labels(path):
 def _scan(path, size, modified):
   del size, modified  # only to read a changed file again
   found = {}
-  for number, line in _lines(path):
+  for number, line in lines(path):
     if line.strip():
       label = _label(_record(line, path, number), path, number)
       if label not in found:
-        found[label] = _code(label) or _refuse_language(label, f"{path}, line {number}")
-  codes = dict.fromkeys(found.values())
-  return {code: tuple(label for label in found if found[label] == code) for code in codes}
+        found[label] = _codes(label) or _refuse_language(label, f"{path}, line {number}")
+  return found
 
 
 def _label(record, path, number):
@@ -219,32 +277,61 @@ def _refuse_language(name, place):
 
 
 def _paragraphs(path):
-  """Documents of a .txt: runs of lines between blank lines, joined by newlines."""
-  lines = []
-  for number, line in _lines(path):
-    line = _decoded(line, path, number)
-    if line.strip():
-      lines.append(line)
-    elif lines:
-      yield "\n".join(lines)
-      lines = []
-  if lines:
-    yield "\n".join(lines)
+  """Records of a .txt: runs of lines between blank lines, joined by newlines."""
+  block, malformed = [], None
+  for number, line in _and_blank(lines(path)):
+    line = _attempt(_decoded, line, path, number)
+    if isinstance(line, Malformed):
+      malformed = malformed or line
+    elif line.strip():
+      block.append(line)
+    else:
+      if block or malformed:
+        yield malformed or dict(text="\n".join(block))
+      block, malformed = [], None
 
 
-def _records(path, labels=None):
-  """Documents of a .jsonl; with `labels`, those of records whose language is one of them."""
+def _and_blank(lines):
+  yield from lines
+  yield 0, b""
+
+
+def _lines_of_json(path, labels=None):
+  """Records of a .jsonl; with `labels`, those whose language is one of them."""
   # A line without the label's bytes cannot be of that language, unless JSON escapes a letter of it:
   # most need no parsing.
   marks = [b"\\u", *(label.encode() for label in labels)] if labels else [b""]
-  for number, line in _lines(path):
-    if not line.strip() or not any(mark in line for mark in marks):
-      continue
-    record = _record(line, path, number)
-    if not labels or _label(record, path, number) in labels:
-      document = _document(record, f"{path}, line {number}")
-      if document:
-        yield document
+  for number, line in lines(path):
+    if line.strip() and any(mark in line for mark in marks):
+      record = _attempt(_record, line, path, number)
+      if isinstance(record, Malformed):
+        yield record
+      elif not labels or _label(record, path, number) in labels:
+        yield _attempt(_document, record, f"{path}, line {number}")
+
+
+def _rows(path):
+  """Records of a .parquet, a batch of rows in memory."""
+  try:
+    import pyarrow  # here: it takes a fifth of a second
+    import pyarrow.parquet
+  except ModuleNotFoundError:
+    raise run.Refused(f"{path} needs the pyarrow package: pip install pyarrow") from None
+  try:
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, record in enumerate(rows, 1):
+      yield _attempt(_document, record, f"{path}, row {number}")
+  except (pyarrow.ArrowException, OSError) as error:
+    raise run.Refused(f"{path} is damaged or no parquet ({error}): fetch it again") from None
+
+
+def _attempt(reader, *arguments):
+  """What reader(*arguments) returns, or the Malformed it raises."""
+  try:
+    return reader(*arguments)
+  except Malformed as malformed:
+    return malformed
 
 
 def _record(line, path, number):
@@ -252,30 +339,41 @@ def _record(line, path, number):
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:  # also a number or a depth beyond reason
-    raise run.Refused(f"{path}, line {number} is not JSON ({error})") from None
+    raise Malformed("not JSON", f"{path}, line {number} is not JSON ({error})") from None
   if not isinstance(record, dict):
     kind = type(record).__name__
-    raise run.Refused(f"{path}, line {number} is a JSON {kind}: expected an object")
+    raise Malformed("not JSON", f"{path}, line {number} is a JSON {kind}: expected an object")
   return record
 
 
 def _document(record, place):
-  """A record -> its str or messages, or None if empty."""
+  """The record, its text or messages checked."""
   fields = [field for field in ("text", "messages") if record.get(field) is not None]
   if len(fields) != 1:
-    raise run.Refused(
+    raise Malformed(
+      "no text",
       f"{place} has the fields {', '.join(map(repr, record)) or 'none'}: "
       "expected exactly one of 'text' and 'messages'"
     )
   if fields == ["messages"]:
-    return _messages(record["messages"], place)
-  return _checked(record["text"], "text", place) if str(record["text"]).strip() else None
+    checked = dict(messages=_messages(record["messages"], place))
+  else:
+    checked = dict(text=_checked(record["text"], "text", place))
+  return {key: value for key, value in record.items() if key not in ("text", "messages")} | checked
+
+
+def _spoken(record):
+  """Whether it says anything."""
+  if "text" in record:
+    return bool(record["text"].strip())
+  return any(turn["content"].strip() for turn in record["messages"])
 
 
 def _messages(messages, place):
-  """Checked turns with 'chatbot' called 'assistant'; None if nobody says anything."""
+  """Checked turns with 'chatbot' called 'assistant'."""
   if not isinstance(messages, list) or not messages:
-    raise run.Refused(
+    raise Malformed(
+      "no conversation",
       f"{place}: 'messages' is {messages!r:.60}, expected a list of role and content"
     )
   turns = [_message(message, f"{place}, message {i}") for i, message in enumerate(messages, 1)]
@@ -283,28 +381,34 @@ def _messages(messages, place):
   spoken = roles[1:] if roles[0] == "system" else roles
   expected = [("user", "assistant")[i % 2] for i in range(max(len(spoken), 1))]
   if spoken != expected:
-    raise run.Refused(
+    raise Malformed(
+      "no conversation",
       f"{place}: the roles are {', '.join(roles)}; expected an optional system, then user and "
       "assistant in turn, the user first"
     )
-  return turns if any(turn["content"].strip() for turn in turns) else None
+  return turns
 
 
 def _message(message, place):
   if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-    raise run.Refused(f"{place} is {message!r:.60}, expected an object with 'role' and 'content'")
-  run.choose(f"role in {place}", message["role"], ROLES)
+    raise Malformed("no conversation",
+                    f"{place} is {message!r:.60}, expected an object with 'role' and 'content'")
+  try:
+    run.choose(f"role in {place}", message["role"], ROLES)
+  except run.Refused as refusal:
+    raise Malformed("no conversation", str(refusal)) from None
   content = _checked(message["content"], "content", place)
   return dict(role=ROLES[message["role"]], content=content)
 
 
 def _checked(text, field, place):
   if not isinstance(text, str):
-    raise run.Refused(f"{place}: {field!r} is a {type(text).__name__}, expected a string")
+    raise Malformed("no text", f"{place}: {field!r} is a {type(text).__name__}, expected a string")
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise run.Refused(
+    raise Malformed(
+      "lone surrogate",
       f"{place}: {field!r} holds half a surrogate pair at character {error.start}, "
       "which UTF-8 cannot write"
     ) from None
@@ -316,7 +420,8 @@ def _decoded(line, path, number):
     return line.decode()
   except UnicodeDecodeError as error:
     offset = _offset(path, number) + error.start
-    raise run.Refused(
+    raise Malformed(
+      "invalid UTF-8",
       f"{path}, line {number}: byte {offset} (0x{line[error.start]:02x}) is not UTF-8 "
       f"({error.reason}): convert the file, or cut the line"
     ) from None
@@ -332,8 +437,8 @@ BOM = b"\xef\xbb\xbf"
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, *([zstandard.ZstdError] if zstandard else []))
 
 
-def _lines(path):
-  """Yields (number from 1, bytes without the line's end); LF or CRLF; a leading BOM is no text."""
+def lines(path):
+  """A text file's lines, also of a compressed one. Yields (number from 1, bytes without the line's end); LF or CRLF; a leading BOM is no text."""
   try:
     for number, line in enumerate(_raw_lines(path), 1):
       line = line.removesuffix(b"\n").removesuffix(b"\r")
