@@ -17,7 +17,7 @@ import regex
 from tiny_aya_jax import run
 
 BUILT_IN = "py3langid"
-SAMPLE = 4000  # characters of a long text that are looked at: half from its head, half its middle
+SAMPLE = 2000  # characters of a long text that are looked at: half from its head, half its middle
 SCRIPTS = dict(  # ISO 15924 as in languages.py -> Unicode scripts, where they differ
     Latn="Latin", Cyrl="Cyrillic", Grek="Greek", Arab="Arabic", Hebr="Hebrew", Deva="Devanagari",
     Beng="Bengali", Gujr="Gujarati", Guru="Gurmukhi", Taml="Tamil", Telu="Telugu", Khmr="Khmer",
