@@ -5,7 +5,6 @@ import math
 import re
 import time
 
-import ml_collections
 import numpy as np
 import pytest
 
@@ -23,6 +22,7 @@ def source(name, rows, fill=500, T=512):
       path=f"somewhere/{name}",
       rows=rows,
       tokens=int(rows * fill),
+      bytes=int(rows * fill) * (2 + len(name) % 5),
       sha256=f"digest of {name}",
       T=T,
       tokenizer_sha256="a tokenizer",
@@ -99,16 +99,6 @@ def test_the_floor_sum_is_the_sum_of_floors(n):
     assert mixture._floor_sum(n, m, a, b) == sum((a * k + b) // m for k in range(n))
 
 
-def test_temperature_one_is_proportional_and_a_high_one_is_uniform():
-  sizes = {"deu_Latn/a": 900, "deu_Latn/b": 100, "fra_Latn/a": 10}
-  proportional = mixture.weights(sizes, {**ALL, "temperature": 1})
-  assert proportional == pytest.approx({name: size / 1010 for name, size in sizes.items()})
-  uniform = mixture.weights(sizes, {**ALL, "temperature": 1e9})
-  assert uniform == pytest.approx({"deu_Latn/a": 0.45, "deu_Latn/b": 0.05, "fra_Latn/a": 0.5})
-  between = mixture.weights(sizes, {**ALL, "temperature": 2})
-  assert between["fra_Latn/a"] == pytest.approx(10**0.5 / (10**0.5 + 1000**0.5))
-
-
 def test_weights_are_shares_of_tokens_although_rows_are_filled_differently():
   sources = [source("deu_Latn/full", 1000, 500), source("deu_Latn/half", 1000, 250)]
   rule = dict(kind="explicit", weights={"deu_Latn/full": 0.5, "deu_Latn/half": 0.5})
@@ -117,64 +107,32 @@ def test_weights_are_shares_of_tokens_although_rows_are_filled_differently():
   assert counts["deu_Latn/half"] == pytest.approx(20_000, abs=3)
 
 
-def test_explicit_weights_name_sources_languages_and_regions():
-  sizes = {"deu_Latn/a": 30, "deu_Latn/b": 10, "fra_Latn/a": 60, "swh_Latn/a": 5, "code/a": 7}
-  rule = dict(kind="explicit", weights={"de": 1, "swh_Latn/a": 2, "code": 1})
-  share = mixture.weights(sizes, rule)
-  expected = {"deu_Latn/a": 0.1875, "deu_Latn/b": 0.0625, "swh_Latn/a": 0.5, "code/a": 0.25}
-  assert share == pytest.approx(expected)
-  by_region = mixture.weights(sizes, dict(kind="explicit", weights={"Europe": 1, "Africa": 1}))
-  assert by_region["fra_Latn/a"] == pytest.approx(0.3)
-  assert by_region["swh_Latn/a"] == pytest.approx(0.5)
+def test_shares_of_bytes_are_realised_as_shares_of_bytes():
+  sources = [source("deu_Latn/a", 1000), source("fra_Latn/abc", 1000)]  # 4 and 6 bytes a token
+  rule = dict(kind="explicit", weights={"deu_Latn": 0.5, "fra_Latn": 0.5}, unit="bytes")
+  counts = mixture.counts(mixture.plan(sources, rule), 30_000)
+  read = [counts[s["name"]] / s["rows"] * s["bytes"] for s in sources]
+  assert read[0] / sum(read) == pytest.approx(0.5, abs=1e-4)
+  for each in sources:
+    del each["bytes"]
+  mixture.plan(sources, rule | dict(unit="tokens"))
+  with pytest.raises(run.Refused, match="'deu_Latn/a' comes from a plan that counts no bytes"):
+    mixture.plan(sources, rule)
 
 
-def test_code_is_in_the_mixture_only_when_it_is_named():
-  sizes = {"deu_Latn/a": 30, "code/a": 7}
-  assert set(mixture.weights(sizes, ALL)) == {"deu_Latn/a"}
-  assert set(mixture.weights(sizes, {**ALL, "languages": ("all", "code")})) == set(sizes)
-
-
-def test_a_rule_may_be_a_config_with_absent_fields():
-  rule = ml_collections.ConfigDict(dict(kind="temperature", temperature=1.0, languages=("all",)))
-  rule.weights = ml_collections.config_dict.placeholder(object)
-  assert mixture.weights({"deu_Latn/a": 3}, rule) == {"deu_Latn/a": 1.0}
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (dict(kind="temprature"), "did you mean 'temperature'"),
-        (dict(temperature=0), "temperature is 0"),
-        (dict(temperature=math.inf), "temperature is inf"),
-        (dict(temperature=None), "needs the field 'temperature'"),
-        (dict(weights={"deu_Latn": 1}), "weights"),
-        (dict(languages=("fra_Latn",)), "no source of 'fra_Latn'"),
-        (dict(languages=("deu_Latm",)), "deu_Latn"),
-    ],
-)
-def test_a_wrong_rule_is_refused(change, says):
-  with pytest.raises(run.Refused, match=says):
-    mixture.weights({"deu_Latn/a": 3}, {**ALL, **change})
-
-
-@pytest.mark.parametrize(
-    "weights, says",
-    [
-        ({"deu_Latn": -1}, "is -1"),
-        ({"deu_Latn": math.nan}, "is nan"),
-        ({"deu_Latn": 0}, "at least one weight above 0"),
-        ({"deu_Latn": 1, "deu_Latn/a": 1}, "twice"),
-        ({"deu_Latn/b": 1}, "deu_Latn/a"),
-    ],
-)
-def test_wrong_explicit_weights_are_refused(weights, says):
-  with pytest.raises(run.Refused, match=says):
-    mixture.weights({"deu_Latn/a": 3}, dict(kind="explicit", weights=weights))
-
-
-def test_a_source_without_tokens_is_refused_by_name():
-  with pytest.raises(run.Refused, match="fra_Latn/empty.*0 tokens"):
-    mixture.weights({"deu_Latn/a": 3, "fra_Latn/empty": 0}, ALL)
+@pytest.mark.parametrize("unit", ["tokens", "bytes"])
+def test_a_budget_that_is_not_set_is_what_the_rows_of_the_run_hold(unit):
+  sources, rows = seventy(), 3_000_000
+  rule = dict(kind="unimax", epochs=1.0, budget=None, languages=("all",), unit=unit)
+  filled = mixture.with_budget(rule, sources, rows)
+  drawn = mixture.counts(mixture.plan(sources, filled), rows)
+  read = sum(drawn[s["name"]] / s["rows"] * s[unit] for s in sources)
+  assert read == pytest.approx(filled["budget"], rel=1e-5)
+  epochs = [drawn[s["name"]] / s["rows"] for s in sources]
+  assert sum(0.9 < epoch < 1.1 for epoch in epochs) > 20  # capped, but for a row more or less
+  assert all(drawn[s["name"]] <= s["rows"] + 6 for s in sources)
+  assert mixture.with_budget(filled, sources, 5) == filled
+  assert mixture.with_budget(ALL, sources, 5) == ALL
 
 
 def test_sources_packed_differently_are_refused():

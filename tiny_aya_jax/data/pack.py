@@ -28,7 +28,7 @@ from tiny_aya_jax import languages
 from tiny_aya_jax import run
 from tiny_aya_jax.data import chat
 from tiny_aya_jax.data import loader
-from tiny_aya_jax.data import mixture
+from tiny_aya_jax.data import rules
 from tiny_aya_jax.data import text
 from tiny_aya_jax.data import tokenizer as tokenizers
 
@@ -113,7 +113,7 @@ def _wanted(config):
   found = text.languages(config.text)
   if not found:
     raise run.Refused(f"{config.text} has no documents at all: there is nothing to pack")
-  return {code: found[code] for code in mixture.present(config.languages, found)}
+  return {code: found[code] for code in rules.present(config.languages, found)}
 
 
 def _inputs(config, paths, tokenizer_sha256):

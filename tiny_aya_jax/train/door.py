@@ -76,7 +76,7 @@ def plan(config, manifests):
                         for source in given["sources"]]
     loader.planned(given)
     return given
-  return mixture.plan(manifests, config.data.mixture.to_dict())
+  return mixture.plan(manifests, begins.rule(config, manifests))
 
 
 def _fields(config):
