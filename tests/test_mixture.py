@@ -232,9 +232,44 @@ def test_the_table_adds_up_and_warns_above_four_epochs():
   sources = [source("deu_Latn/a", 1000), source("fra_Latn/a", 10)]
   plan = mixture.plan(sources, {**ALL, "temperature": 1e9})
   lines = mixture.table(plan, 200)
-  assert len(lines) == 4 and "50.50%" in lines[1] and "49.50%" in lines[2]  # 101 and 99 rows
-  assert lines[-1] == "warning: more than 4 epochs of 1 sources: fra_Latn/a 9.9"
+  assert lines[0] == "mixture temperature: languages all, temperature 1e+09, unit tokens"
+  assert "200 rows" in lines[1] and lines[2].split() == ["language", "tokens", "share", "epochs"]
+  assert lines[3].split() == ["deu_Latn", "50.50k", "50.50%", "0.10"]  # 101 rows of 500 tokens
+  assert lines[4].split() == ["fra_Latn", "49.50k", "49.50%", "9.90"]
+  assert lines[6].split() == ["Europe", "100.00k", "100.00%", "0.20"]
+  assert lines[7] == "warning: more than 4 epochs of 1 sources: fra_Latn/a 9.9"
   assert not any("warning" in line for line in mixture.table(plan, 60))
+
+
+def test_the_table_names_what_is_asked_for_without_rows_left_out_or_never_reached():
+  sources = [source("deu_Latn/a", 10**6), source("code/a", 50), source("swh_Latn/a", 50),
+             source("wol_Latn/a", 50)]
+  rule = {**ALL, "temperature": 1.0, "languages": ("de", "Africa")}
+  lines = mixture.table(mixture.plan(sources, rule | dict(keep=(("de", 1), ("sw", 1)))), 200)
+  assert lines[-2:] == ["less than one row, although the mixture draws from them: swh_Latn",
+                        "with rows, but left out by the mixture: code, wol_Latn"]
+  lines = mixture.table(mixture.plan(sources, rule), 200)
+  missing = [line for line in lines if line.startswith("asked for, but without rows: ")]
+  codes = set(missing[0].partition(": ")[2].split(", "))
+  assert codes == set(languages.expand("Africa")) - {"swh_Latn", "wol_Latn"}
+
+
+def test_the_table_of_a_staged_plan_has_all_rows_and_this_stages():
+  sources = [source("deu_Latn/a", 100), source("swh_Latn/a", 100)]
+  later = {"swh_Latn": 0.75, "de": 0.25}
+  plan = mixture.append(mixture.plan(sources, {"deu_Latn": 1.0}), 100, later)
+  lines = mixture.table(plan, 300)
+  assert lines[1].split() == "300 rows in all 200 rows of this stage".split()
+  assert lines[3].split() == "deu_Latn 75.00k 50.00% 1.50 25.00k 25.00% 0.50".split()
+  assert lines[4].split() == "swh_Latn 75.00k 50.00% 1.50 75.00k 75.00% 1.50".split()
+  assert [line.split()[0] for line in lines[5:8]] == ["region", "Europe", "Africa"]
+  assert mixture.table(plan, 100)[-1] == "with rows, but left out by the mixture: swh_Latn"
+
+
+def test_epochs_count_only_the_sources_that_take_part():
+  sources = [source("deu_Latn/a", 100), source("deu_Latn/instruct", 900)]
+  lines = mixture.table(mixture.plan(sources, {**ALL, "within": (("instruct", 0.0),)}), 150)
+  assert lines[3].split() == ["deu_Latn", "75.00k", "100.00%", "1.50"]
 
 
 def test_locating_a_chunk_of_rows_is_cheap():
