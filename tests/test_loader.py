@@ -228,6 +228,33 @@ def test_a_change_of_mixture_repeats_and_skips_no_row(plan):
     assert len(set(first_epoch)) == len(first_epoch) > 1
 
 
+def test_no_row_is_repeated_or_skipped_over_three_stages_of_which_one_joins_a_source(tmp_path):
+  for code, count in SIZES.items():
+    write_source(tmp_path, code, count)
+  plan = mixture.plan(loader.read_manifests(tmp_path), ALL)
+  write_source(tmp_path, "deu_Latn", 25, source="instruct")
+  joined = loader.read_manifests(tmp_path)
+  flat = dict(kind="buckets", alpha=0.3, by="genus", reading="A", languages=("all",))
+  plan = mixture.append(plan, 8 * 7 + 3, flat | dict(within=(("instruct", 0.4),)), joined)
+  plan = mixture.append(plan, 8 * 31, dict(kind="explicit", weights={"Europe": 0.3, "Africa": 0.7}))
+  rows, every = drawn(plan, seed=1, steps=80), loader.every_row_once(joined, 8)
+  names = [manifest["name"] for manifest in joined]
+  packed = {name: [] for name in names}
+  for batch in every:
+    for index, source in enumerate(batch["source_B"]):
+      if source >= 0:
+        row = np.append(batch["token_BT"][index], batch["target_BT"][index, -1])
+        packed[names[source]].append(row.tobytes())
+  exhausted = 0
+  for index, source in enumerate(plan["sources"]):
+    n, seen = source["rows"], rows[index]
+    for start in range(0, len(seen), n):
+      epoch = seen[start : start + n]
+      assert len(set(epoch)) == len(epoch) and set(epoch) <= set(packed[source["name"]])
+      exhausted += len(epoch) == n
+  assert exhausted > 5 and plan["sources"][-1]["name"] == "deu_Latn/instruct" and rows[4]
+
+
 def test_the_state_is_three_small_values(plan):
   state = loader.Loader(plan, seed=1, batch=8).state(17)
   assert state == dict(step=17, seed=1, plan_sha256=mixture.plan_sha256(plan))
