@@ -8,7 +8,8 @@
       --config.tokenizer=runs/tiny/tokenizer.model       (also :tiny_instruct, _validation, _sft)
 
 Expected: WORKDIR/<stage>/<code>/<source>/{manifest.json, rows-*.array_record} and a table of
-documents, tokens, rows, bytes per token and fill (100% but for a source's last row with 'split').
+documents, tokens, rows, bytes per token, fill (100% but for a source's last row with 'split') and
+the share of documents that were cut ('truncated'; conversations are dropped instead).
 A second call says "up to date".
 """
 

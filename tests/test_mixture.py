@@ -71,6 +71,50 @@ def test_realised_counts_stay_within_a_few_rows_of_exact_at_every_moment(tempera
   assert list(mixture.counts(plan, n).values()) == np.bincount(source_n, minlength=70).tolist()
 
 
+def web():
+  """The 70 languages as unequal as the web has them, and rows filled with unequal amounts."""
+  random, rows = np.random.default_rng(7), []
+  for language in languages.LANGUAGES:
+    count = max(2, language.fineweb_bytes // 2**25)  # 3.4 MB to 70 TB: 2 rows to 2 million
+    rows += [source(f"{language.code}/books", count // 2, random.integers(300, 8194)),
+             source(f"{language.code}/web", count - count // 2, random.integers(8000, 8194))]
+  return [each | dict(bytes=int(each["tokens"] * random.uniform(1, 9))) for each in rows]
+
+
+COUNTED = dict(
+    temperature_1=dict(kind="temperature", temperature=1.0),
+    temperature_3=dict(kind="temperature", temperature=3.33),
+    temperature_100=dict(kind="temperature", temperature=100.0),
+    unimax_1=dict(kind="unimax", epochs=1.0),
+    unimax_4=dict(kind="unimax", epochs=4.0),
+    buckets_a=dict(kind="buckets", alpha=0.3, by="family", reading="A"),
+    buckets_b=dict(kind="buckets", alpha=1.0, by="genus", reading="B", bucket_temperature=3.0),
+    explicit=dict(kind="explicit", weights=(("English", 0.3), ("Africa", 0.1), ("South Asia", 0.6)),
+                  alpha=0.5, within=(("books", 0.7),)),
+)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "bytes"])
+@pytest.mark.parametrize("rule", COUNTED.values(), ids=COUNTED)
+def test_shares_and_epochs_counted_over_a_million_rows_are_the_plans(rule, unit):
+  sources, n = web(), 1_000_000
+  rule = dict(languages=("all",) if rule["kind"] != "explicit" else None) | rule | dict(unit=unit)
+  rule = mixture.with_budget(rule, sources, n)
+  plan = mixture.plan(sources, rule)
+  drawn = np.bincount(mixture.locate_many(plan, 0, n)[0], minlength=len(sources))
+  rows, size = (np.array([each[key] for each in sources]) for key in ("rows", unit))
+  read = drawn * size / rows
+  weight = mixture.weights({each["name"]: each[unit] for each in sources}, rule)
+  weight = np.array([weight.get(each["name"], 0) for each in sources])
+  np.testing.assert_allclose(plan["segments"][0]["weights"], weight, atol=1e-9)
+  np.testing.assert_allclose(read / read.sum(), weight, atol=1e-4)
+  predicted = weight / size / (weight / size * rows).sum() * n  # epochs, from shares alone
+  assert (np.abs(drawn / rows - predicted) <= 6 / rows).all()
+  if rule["kind"] == "unimax":
+    assert (drawn / rows <= rule["epochs"] + 6 / rows).all()
+    assert (predicted > 0.999 * rule["epochs"]).sum() > 10
+
+
 def test_any_row_is_found_without_the_rows_before_it():
   plan = mixture.plan(seventy(), ALL)
   source_n, rank_n = mixture.locate_many(plan, 0, 30_000)
