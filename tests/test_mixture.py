@@ -310,6 +310,17 @@ def test_the_table_of_a_staged_plan_has_all_rows_and_this_stages():
   assert mixture.table(plan, 100)[-1] == "with rows, but left out by the mixture: swh_Latn"
 
 
+def test_the_table_counts_bytes_if_the_rule_does_and_every_source_has_them():
+  sources = [source("deu_Latn/a", 100), source("swh_Latn/a", 100)]
+  rule = {**ALL, "unit": "bytes"}
+  assert mixture.table(mixture.plan(sources, rule), 50)[2].split()[1] == "bytes"
+  old = mixture.plan(sources[:1], ALL)
+  del old["sources"][0]["bytes"], old["segments"][0]["unit"], old["segments"][0]["rule"]
+  assert "earlier version" in mixture.table(old, 50)[0]
+  plan = mixture.append(old, 50, rule, sources[1:])
+  assert mixture.table(plan, 90)[2].split()[1] == "tokens"
+
+
 def test_epochs_count_only_the_sources_that_take_part():
   sources = [source("deu_Latn/a", 100), source("deu_Latn/instruct", 900)]
   lines = mixture.table(mixture.plan(sources, {**ALL, "within": (("instruct", 0.0),)}), 150)

@@ -332,6 +332,8 @@ def table(plan, rows):
     columns.append({name: drawn[name] - before[name] for name in drawn})
   taking = [s for s in plan["sources"] if drawn[s["name"]] or width[s["name"]]]
   unit = segment.get("unit", "tokens")
+  if not all(unit in source for source in taking):
+    unit = "tokens"  # sources of an earlier version's plan, which counted nothing else
   lines = [f"mixture {segment.get('rule', 'of an earlier version, which wrote down no rule')}"]
   stage = f"{' in all':14} {rows - start:>14,} rows of this stage" if start else ""
   lines.append(f"{'':12} {rows:>12,} rows{stage}")
