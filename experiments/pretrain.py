@@ -6,7 +6,8 @@
 
 `small` (2.0M parameters, real text, half an hour on two cores) and `tiny` (1.3M, the embedded
 corpus, three minutes) are steps of launch/pipeline.sh; figures in experiments/LOG.md. Expected of
-tiny: bits per byte on held-out facts falls from 5.5 to about 3.
+tiny: bits per byte on held-out facts falls from 5.5 to about 3. Sources named `instruct`, if there
+are any, wait for the cooldown.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -29,13 +30,12 @@ def get_config(variant="full"):
       rows=config_dict.placeholder(str),  # DIR/<stage> of pack
       validation=config_dict.placeholder(str),  # rows for bits per byte in the loop
       plan=config_dict.placeholder(str),  # a plan file, instead of the mixture
-      # The report's shares are unpublished; exponent 0.3 as mT5 and XLM-R (tiny_aya.md 4).
-      mixture=dict(kind="temperature", temperature=3.33, languages=("all",)),
+      mixture=mixture(),
       batch=288,  # rows: 2.36M tokens, SmolLM3's (tiny_aya.md 5.4)
       T=8192,
       seed=0,
       accept_change=False,
-      threads=4,  # ours: readers ahead of the step; the batches do not depend on it
+      threads=4,  # ours: readers ahead of the step, 0: none; the batches do not depend on it
       prefetch=8,
   ))
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
@@ -66,6 +66,35 @@ def get_config(variant="full"):
   if variant == "tiny":
     tiny(c)
   return c
+
+
+def mixture():
+  """Every field of data/rules.py, which has the formulas; None and () are not set.
+
+  The report's shares are unpublished: it balances "based on language grouping used in the
+  tokenizer data mixture" (2.2), which is kind="buckets". Ours: exponent 0.3, as mT5 and XLM-R
+  (tiny_aya.md 4).
+  """
+  return ConfigDict(dict(
+      kind="temperature",  # or unimax, buckets, explicit
+      languages=("all",),  # names, regions; 'code' only if it is named
+      temperature=3.33,  # temperature, buckets; explicit: inside a group
+      alpha=config_dict.placeholder(float),  # the exponent itself, instead of 1 / temperature
+      epochs=config_dict.placeholder(float),  # unimax: the cap; 1 was best (arXiv 2304.09151)
+      # unimax: tokens or bytes; not set: what `steps` hold. More steps are then another mixture,
+      # and a resume needs accept_change; set it, and they are not.
+      budget=config_dict.placeholder(float),
+      by=config_dict.placeholder(str),  # buckets: family (report, Eq. 1) or genus, with the script
+      reading=config_dict.placeholder(str),  # buckets: A or B, two readings of Eq. 1
+      bucket_temperature=config_dict.placeholder(float),  # reading B; inf: equal buckets
+      weights=(),  # explicit: "(('eng_Latn', 0.3), ('Africa', 0.7))"
+      keep=(),  # "(('Africa', 1.0),)": a mask, and factors
+      fixed=(),  # "(('English', 0.3), ('code', 0.15))": shares of the whole
+      floor=config_dict.placeholder(float),  # the least share of a language
+      # "(('instruct', 0.15),)": a source's share of every language that has it; 0: not drawn
+      within=(("instruct", 0.0),),
+      unit="tokens",  # or bytes: what shares, sizes and budget count
+  ))
 
 
 def small(c):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tiny_aya_jax import __main__, axes, run
+from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.train import checkpoint, door, metrics, optimizer, saved, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def data(tmp_path_factory):
   some = "--config.languages=('deu_Latn', 'tur_Latn', 'hin_Deva', 'wol_Latn')"
   assert call("vocab", "vocab.py:tiny", folder, some, "--config.size=600",
               "--config.bytes=200000") == 0
-  for variant in ("tiny", "tiny_validation"):
+  for variant in ("tiny", "tiny_instruct", "tiny_validation"):
     assert call("pack", f"pack.py:{variant}", folder / "rows", some, f"--config.T={T}",
                 f"--config.tokenizer={folder / 'tokenizer.model'}") == 0
   return folder
@@ -191,9 +192,34 @@ def test_a_changed_rate_mixture_batch_or_model_is_refused_on_resume(data, whole,
     assert said in capsys.readouterr().err
 
 
-def test_an_accepted_change_continues_every_counter(data, tmp_path):
-  from tiny_aya_jax.data import mixture
+def test_a_resume_counts_the_budget_of_unimax_as_the_first_start_did(data, tmp_path, capsys):
+  rule = ("--config.data.mixture.kind=unimax", "--config.data.mixture.epochs=0.03")
+  assert pretrain(data, tmp_path, "--config.steps=4", "--config.save_every=2", *rule) == 0
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  assert pretrain(data, tmp_path, "--config.steps=4", *rule) == 0
+  budget = mixture.with_budget(dict(kind="unimax", epochs=0.03, languages=("all",)),
+                               saved.data(tmp_path)["plan"]["sources"], 4 * 16)["budget"]
+  assert pretrain(data, tmp_path, "--config.steps=6", *rule) == 65
+  assert "another data.mixture" in capsys.readouterr().err
+  pinned = (*rule, f"--config.data.mixture.budget={budget}")
+  assert pretrain(data, tmp_path, "--config.steps=6", *pinned) == 0
+  more = ("--config.steps=8", "--config.data.accept_change=True")
+  assert pretrain(data, tmp_path, *more, *rule) == 0
+  assert len(saved.data(tmp_path)["plan"]["segments"]) == 2
 
+
+def test_a_wrong_mixture_is_refused_at_the_door(data, tmp_path, capsys):
+  for field, value, said in (
+      ("epochs", "2.0", "which a temperature mixture does not read"),
+      ("within", "(('instrukt', 0.1),)", "no language has, 'instrukt'"),
+      ("kind", "unimax", "needs the field 'epochs'"),
+  ):
+    assert pretrain(data, tmp_path / "run", f"--config.data.mixture.{field}={value}") == 65
+    assert said in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_accepted_change_continues_every_counter(data, tmp_path):
   assert pretrain(data, tmp_path, "--config.steps=4") == 0
   before = saved.data(tmp_path)
   assert pretrain(data, tmp_path, "--config.steps=6", "--config.data.batch=32",
@@ -204,8 +230,6 @@ def test_an_accepted_change_continues_every_counter(data, tmp_path):
 
 
 def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole, tmp_path):
-  from tiny_aya_jax.data import mixture
-
   fork = tmp_path / "fork"
   assert call("train", "cooldown.py:tiny", fork, *fields(
       data, f"--config.init_from={whole}", "--config.steps=2", "--config.schedule.warmup_steps=0")) == 0
@@ -213,6 +237,9 @@ def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole,
   trunk, forked = saved.data(whole), saved.data(fork)
   assert mixture.counts(forked["plan"], 128) == mixture.counts(trunk["plan"], 128)
   assert len(forked["plan"]["segments"]) == 2
+  assert {name.partition("/")[2] for name in mixture.drawn(trunk["plan"])} == {"cldr"}
+  new = {name: count for name, count in mixture.counts(forked["plan"], 160).items() if count}
+  assert sum(count for name, count in new.items() if name.endswith("/instruct")) >= 3  # 15% of 32
   sft = tmp_path / "sft"
   assert call("train", "sft.py:tiny", sft, *fields(
       data, f"--config.init_from={fork}", "--config.steps=2", "--config.schedule.warmup_steps=0",
@@ -241,8 +268,6 @@ def test_a_fork_of_a_trunk_that_was_trained_anew_is_refused(data, whole, tmp_pat
 
 
 def test_a_plan_file_is_followed_and_a_changed_one_is_accepted_only_on_purpose(data, tmp_path, capsys):
-  from tiny_aya_jax.data import loader, mixture
-
   rule = dict(kind="temperature", temperature=3.33, languages=("all",))
   plan = mixture.plan(loader.read_manifests(data / "rows" / "train"), rule)
   staged = mixture.append(plan, 64, {"tur_Latn": 1.0})

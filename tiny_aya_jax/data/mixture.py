@@ -1,4 +1,4 @@
-"""Which source does global row n come from, and which row of that source? Sizes and a rule in.
+"""Which source does global row n come from, and which row of that source? Shares and rows in.
 
 Not a sampler and not I/O: a closed form on integers, so that the answer for any row is the same on
 every host, for any batch size, and after any restart. Row n of the run belongs to the source whose
@@ -9,22 +9,23 @@ counts stay within O(log n) of exact), and it is that source's row number
 
 taken at both ends of the interval; the sums are Euclid-like (`_floor_sum`), exact, in O(log n).
 
-Weights are shares of TOKENS; a plan holds shares of rows, because sources fill rows differently.
-A plan is JSON: sources, and an append-only list of segments, each with thresholds from its
-start_row on, and each source's counter at that row, so that a cooldown mixture skips and repeats
-nothing.
+Weights (rules.py) are shares of TOKENS, or of BYTES; a plan holds shares of rows, because sources
+fill rows differently. A plan is JSON: sources, and an append-only list of segments, each with
+thresholds from its start_row on, and each source's counter at that row, so that a cooldown mixture
+skips and repeats nothing.
 """
 
 import bisect
 import functools
-import inspect
 import math
 
 import numpy as np
 
 from tiny_aya_jax import languages
 from tiny_aya_jax import run
+from tiny_aya_jax.data import rules
 
+weights = rules.weights  # the frozen name
 MODULUS = 1 << 64
 STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: no rational approximates it well
 OFFSET = 1 << 63  # the first row comes from the middle of the table, not from its first source
@@ -34,93 +35,12 @@ UNIT = 1 << 40
 MOST_EPOCHS = 4  # up to here repeats are worth almost as much as new text (arXiv 2305.16264)
 
 
-def weights(sizes, rule):
-  """{"<code>/<source>": tokens}, rule -> {name: share of tokens}; the shares sum to 1.
-
-  rule is dict(kind="temperature", temperature, languages): over languages the share is
-  proportional to tokens^(1 / temperature), inside a language to tokens; or
-  dict(kind="explicit", weights={language, region or source: share}), inside a group by tokens.
-  Sources the rule leaves out are absent from the result.
-  """
-  for name, tokens in sizes.items():
-    if not tokens > 0:
-      raise run.Refused(f"source {name!r} has {tokens} tokens: leave it out of the mixture")
-  rule = {field: value for field, value in rule.items() if value is not None}
-  kind = run.choose("mixture kind", rule.pop("kind", None), RULES)
-  expected = tuple(inspect.signature(RULES[kind]).parameters)[1:]
-  for field in rule:
-    run.choose(f"field of a {kind} mixture", field, expected)
-  for field in expected:
-    if field not in rule:
-      raise run.Refused(f"a {kind} mixture needs the field {field!r}")
-  share = RULES[kind](sizes, **rule)
-  total = math.fsum(share.values())
-  return {name: share[name] / total for name in sizes if name in share}
-
-
-def _temperature(sizes, temperature, languages):
-  if not 0 < temperature < math.inf:
-    raise run.Refused(f"mixture temperature is {temperature}: expected a positive number")
-  tokens = {code: 0 for code in present(languages, [_code(name) for name in sizes])}
-  for name in sizes:
-    if _code(name) in tokens:
-      tokens[_code(name)] += sizes[name]
-  largest = max(tokens.values())
-  return {
-      name: (tokens[_code(name)] / largest) ** (1 / temperature) * size / tokens[_code(name)]
-      for name, size in sizes.items()
-      if _code(name) in tokens
-  }
-
-
-def _explicit(sizes, weights):
-  share = {}
-  for key, weight in weights.items():
-    if not 0 <= weight < math.inf:
-      raise run.Refused(f"mixture weight of {key!r} is {weight}: expected a number of at least 0")
-    group = _sources_of(key, sizes)
-    tokens = sum(sizes[name] for name in group)
-    for name in group:
-      if name in share:
-        raise run.Refused(f"source {name!r} is given a mixture weight twice, once as {key!r}")
-      share[name] = weight * sizes[name] / tokens
-  if not math.fsum(share.values()) > 0:
-    raise run.Refused("an explicit mixture needs at least one weight above 0")
-  return {name: value for name, value in share.items() if value > 0}
-
-
-# Another rule is another function of (sizes, its own fields) and a line here.
-RULES = dict(temperature=_temperature, explicit=_explicit)
-
-
-def present(names, codes):
-  """Language names, regions or 'all' -> those of `codes` they cover, in table order.
-
-  'all' and a region mean what there is of them; a language that was named must be there.
-  """
-  codes = set(codes)
-  for name in names:
-    if codes.isdisjoint(languages.expand(name)):
-      raise run.Refused(f"no source of {name!r}: there are sources of {', '.join(sorted(codes))}")
-  return tuple(code for code in languages.select(names) if code in codes)
-
-
-def _sources_of(key, sizes):
-  if "/" in key:
-    return [run.choose("source in the mixture weights", key, sizes)]
-  codes = present([key], [_code(name) for name in sizes])
-  return [name for name in sizes if _code(name) in codes]
-
-
-def _code(name):
-  return name.partition("/")[0]
-
-
 def plan(sources, rule):
   """Manifests (or dicts with their name, rows, tokens, ...) and a rule -> a JSON-able plan.
 
-  sources: dicts with "name", "language", "path", "rows", "tokens", "sha256", "T" and
-  "tokenizer_sha256", as `loader.read_manifests` returns them.
+  sources: dicts with "name", "language", "path", "rows", "tokens", "bytes", "sha256", "T" and
+  "tokenizer_sha256", as `loader.read_manifests` returns them; "bytes" may be absent if the rule's
+  unit is tokens.
   """
   if not sources:
     raise run.Refused("a mixture needs at least one source, and there is none")
@@ -137,9 +57,9 @@ def plan(sources, rule):
 def append(plan, start_row, rule, sources=None):
   """-> a new plan that follows `rule` from global row `start_row` on; counters go on.
 
-  rule is a mixture rule, or {name: share of tokens}. `sources` (optional) is the source list from
-  now on: new ones start at their row 0, ones left out keep their counter, and one whose rows
-  changed is refused, because its counter would point at other rows.
+  rule is a mixture rule, or the weights of an explicit one. `sources` (optional) is the source
+  list from now on: new ones start at their row 0, ones left out keep their counter, and one whose
+  rows changed is refused, because its counter would point at other rows.
   """
   segments = plan["segments"]
   if segments and start_row < segments[-1]["start_row"]:
@@ -149,17 +69,47 @@ def append(plan, start_row, rule, sources=None):
     )
   available = plan["sources"] if sources is None else sources
   merged = _merge(plan, available)
-  sizes = {source["name"]: source["tokens"] for source in available}
-  share = weights(sizes, rule) if "kind" in rule else _explicit(sizes, rule)
-  total = math.fsum(share.values())
+  rule = rule if "kind" in rule else dict(kind="explicit", weights=rule)
+  unit = rules.checked(rule)["unit"]
+  share = weights(_sizes(available, unit), rule)
   offsets = counts(plan, start_row)
   segment = dict(
       start_row=int(start_row),
-      weights=[round(share.get(source["name"], 0.0) / total, 12) for source in merged],
-      thresholds=_thresholds(merged, share),
+      rule=rules.words(rule),
+      asked=sorted(rules.asked(rule)),
+      unit=unit,
+      weights=[round(share.get(source["name"], 0.0), 12) for source in merged],
+      thresholds=_thresholds(merged, share, unit),
       offsets=[offsets.get(source["name"], 0) for source in merged],
   )
   return {**plan, "sources": merged, "segments": [*segments, segment]}
+
+
+def _sizes(sources, unit):
+  for source in sources:
+    if unit not in source:
+      raise run.Refused(
+          f"source {source['name']!r} comes from a plan that counts no {unit}: set the mixture's "
+          "unit to tokens"
+      )
+  return {source["name"]: source[unit] for source in sources}
+
+
+def with_budget(rule, sources, rows):
+  """The rule with the budget of so many rows, if it reads one and none is set, in its unit.
+
+  How much so many rows hold depends on which languages are drawn, and that on the budget: the
+  fixed point, reached in a few rounds, so that an epoch cap holds of the rows that are read.
+  """
+  if "budget" not in rules.READS.get(rule.get("kind"), ()) or rule.get("budget") is not None:
+    return rule
+  unit = rules.checked(rule | dict(budget=1))["unit"]
+  sizes, rows_per_unit = _sizes(sources, unit), {s["name"]: s["rows"] / s[unit] for s in sources}
+  budget = rows * sum(sizes.values()) / sum(source["rows"] for source in sources)
+  for _ in range(20):
+    share = weights(sizes, rule | dict(budget=budget))
+    budget = rows / math.fsum(part * rows_per_unit[name] for name, part in share.items())
+  return rule | dict(budget=round(budget))
 
 
 def _merge(plan, sources):
@@ -183,16 +133,16 @@ def _merge(plan, sources):
           f"the rows of source {name!r} changed ({old['rows']} rows before, {source['rows']} now): "
           "its counter would point at other rows; pack the new ones under another source name"
       )
-    merged[name] = {field: source[field] for field in _SOURCE_FIELDS}
+    merged[name] = {field: source[field] for field in (*_SOURCE_FIELDS, "bytes") if field in source}
   return list(merged.values())
 
 
-_SOURCE_FIELDS = ("name", "language", "path", "rows", "tokens", "sha256")
+_SOURCE_FIELDS = ("name", "language", "path", "rows", "tokens", "sha256")  # older plans: no bytes
 
 
-def _thresholds(sources, share):
-  """Shares of tokens -> upper ends of each source's interval, in units of 2^-40, ending at 2^40."""
-  rows = [share.get(s["name"], 0.0) * s["rows"] / s["tokens"] for s in sources]
+def _thresholds(sources, share, unit):
+  """Shares of the unit -> upper ends of each source's interval, in 2^-40, ending at 2^40."""
+  rows = [share[s["name"]] * s["rows"] / s[unit] if s["name"] in share else 0.0 for s in sources]
   total = math.fsum(rows)
   widths = [round(row / total * UNIT) for row in rows]
   for source, row, width in zip(sources, rows, widths):
@@ -270,9 +220,14 @@ def plan_sha256(plan):
 
 def drawn(plan):
   """{source name: width of its interval} of the sources that the plan's last segment draws from."""
-  ends = plan["segments"][-1]["thresholds"]
-  widths = [end - start for start, end in zip([0, *ends], ends)]
-  return {source["name"]: width for source, width in zip(plan["sources"], widths) if width}
+  return {name: width for name, width in _widths(plan, plan["segments"][-1]).items() if width}
+
+
+def _widths(plan, segment):
+  """{source name: width of its interval}, 0 for sources that joined later."""
+  ends = segment["thresholds"] + [UNIT] * (len(plan["sources"]) - len(segment["thresholds"]))
+  return {source["name"]: end - start
+          for source, start, end in zip(plan["sources"], [0, *ends], ends)}
 
 
 def counts(plan, row):
@@ -364,30 +319,70 @@ def _ranks(source_n, counters):
 
 
 def table(plan, rows):
-  """Text lines: what a run of so many rows sees of each language, with a warning above 4 epochs."""
-  drawn = counts(plan, rows)
-  seen, size = {}, {}
-  for source in plan["sources"]:
-    code = source["language"]
-    tokens = drawn[source["name"]] * source["tokens"] / source["rows"]
-    seen[code] = seen.get(code, 0) + tokens
-    size[code] = size.get(code, 0) + source["tokens"]
-  total = math.fsum(seen.values()) or 1
-  lines = [f"{'language':10} {'tokens':>10} {'share':>8} {'epochs':>8}   of {rows:,} rows"]
-  for code in sorted(seen, key=seen.get, reverse=True):
-    share = 100 * seen[code] / total
-    epochs = seen[code] / size[code]
-    lines.append(f"{code:10} {_short(seen[code]):>10} {share:>7.2f}% {epochs:>8.2f}")
+  """Text lines: what a run of so many rows sees of each language and region, and what it does not.
+
+  Amounts, shares and epochs are of all rows so far; where the plan has stages, those of the stage
+  that row `rows` ends stand beside.
+  """
+  segment = plan["segments"][_segment_at(plan, max(rows - 1, 0))]
+  start, width = segment["start_row"], _widths(plan, segment)
+  drawn, before = counts(plan, rows), counts(plan, start)
+  columns = [drawn]
+  if start:
+    columns.append({name: drawn[name] - before[name] for name in drawn})
+  taking = [s for s in plan["sources"] if drawn[s["name"]] or width[s["name"]]]
+  unit = segment.get("unit", "tokens")
+  if not all(unit in source for source in taking):
+    unit = "tokens"  # sources of an earlier version's plan, which counted nothing else
+  lines = [f"mixture {segment.get('rule', 'of an earlier version, which wrote down no rule')}"]
+  stage = f"{' in all':14} {rows - start:>14,} rows of this stage" if start else ""
+  lines.append(f"{'':12} {rows:>12,} rows{stage}")
+  lines += _lines("language", taking, columns, unit, lambda code: code)
+  lines += _lines("region", taking, columns, unit, _region)
+  return lines + _remarks(plan, segment, taking, drawn, columns[-1])
+
+
+def _region(code):
+  return {language.code: language.region for language in languages.LANGUAGES}.get(code, code)
+
+
+def _lines(title, sources, columns, unit, key):
+  """A line for each key(language): amount, share of the whole and epochs, for each column."""
+  size, seen = {}, [{} for _ in columns]
+  for source in sources:
+    name = key(source["language"])
+    size[name] = size.get(name, 0) + source[unit]
+    for drawn, amounts in zip(columns, seen):
+      amount = drawn[source["name"]] * source[unit] / source["rows"]
+      amounts[name] = amounts.get(name, 0) + amount
+  totals = [math.fsum(amounts.values()) or 1 for amounts in seen]
+  yield f"{title:12} " + "   ".join(f"{unit:>10} {'share':>8} {'epochs':>8}" for _ in seen)
+  for name in sorted(size, key=seen[0].get, reverse=True):
+    cells = [(amounts[name], amounts[name] / total, amounts[name] / size[name])
+             for amounts, total in zip(seen, totals)]
+    yield f"{name:12} " + "   ".join(
+        f"{_short(amount):>10} {share:>8.2%} {epochs:>8.2f}" for amount, share, epochs in cells
+    )
+
+
+def _remarks(plan, segment, taking, drawn, stage):
+  """Lines for what a reader would miss in the table."""
+  width = _widths(plan, segment)
+  have = {source["language"] for source in plan["sources"]}
+  takes = {source["language"] for source in taking if width[source["name"]]}
+  read = {source["language"] for source in taking if stage[source["name"]]}
   worn = [
       f"{source['name']} {drawn[source['name']] / source['rows']:.1f}"
-      for source in plan["sources"]
+      for source in taking
       if drawn[source["name"]] > MOST_EPOCHS * source["rows"]
   ]
-  if worn:
-    lines.append(
-        f"warning: more than {MOST_EPOCHS} epochs of {len(worn)} sources: {', '.join(worn)}"
-    )
-  return lines
+  remarks = {
+      f"warning: more than {MOST_EPOCHS} epochs of {len(worn)} sources": worn,
+      "less than one row, although the mixture draws from them": sorted(takes - read),
+      "asked for, but without rows": sorted(set(segment.get("asked", ())) - have),
+      "with rows, but left out by the mixture": sorted(have - takes),
+  }
+  return [f"{what}: {', '.join(names)}" for what, names in remarks.items() if names]
 
 
 def _short(tokens):

@@ -10,7 +10,7 @@ but empty documents; `records` hands what is malformed to a caller that counts i
     DIR/<anything>.jsonl[.gz,.zst]                  language by each record's "lang" or "language",
                                                     source: the file's name (the file is read
                                                     once a language: split big ones)
-    embedded/<split>                                toy.py, source 'cldr'
+    embedded/<split>                                toy.py, source 'cldr'; 'instruct' of instruct
 
 In .txt a blank line ends a document. In .jsonl each line, and in .parquet each row, is
 {"text": ...} or {"messages": [...]}; other fields are no part of the document.
@@ -63,7 +63,8 @@ def languages(source):
   """
   split = _embedded(source)
   if split:
-    return {language.code: {"cldr": []} for language in table.LANGUAGES}
+    name = "instruct" if split == "instruct" else "cldr"
+    return {language.code: {name: []} for language in table.LANGUAGES}
   found = {}
   for codes, name, path in files(source):
     found.setdefault(_first(codes), {}).setdefault(name, []).append(str(path))

@@ -121,7 +121,13 @@ def _follow(config, data, plan):
     if data["batch"] != config.data.batch:
       raise run.Refused("with config.data.plan the batch cannot change: rows would be skipped")
     return plan
-  return mixture.append(data["plan"], row, config.data.mixture.to_dict(), plan["sources"])
+  return mixture.append(data["plan"], row, rule(config, plan["sources"]), plan["sources"])
+
+
+def rule(config, sources):
+  """config.data.mixture; a budget that it reads and leaves unset is what this run's rows hold."""
+  rows = config.steps * config.data.batch
+  return mixture.with_budget(config.data.mixture.to_dict(), sources, rows)
 
 
 def _drawn(plan, row):
