@@ -31,7 +31,7 @@ def get_config(variant="full"):
   c.T = 8192  # the model's context (tiny_aya.md 1.1)
   c.packing = "split"  # best_fit: documents whole; needed for conversations
   c.rows_per_shard = 16384  # 57,351 bytes a row at T 8192: 0.9 GB raw, one open file per shard
-  c.licence = config_dict.placeholder(str)  # of the text, into the manifest
+  c.licence = config_dict.placeholder(str)  # into the manifest; not set: what clean noted of the text
   c.processes = 0  # sources packed at once; 0: one after the other, in this process
   c.overwrite = False
   if variant == "small":

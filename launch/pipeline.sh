@@ -41,6 +41,7 @@ if [ "$size" = tiny ]; then
   stage clean clean.py:tiny "$out/text"
   stage vocab vocab.py:tiny "$out" text="$out/text"
   stage pack pack.py:tiny "$out/rows" text="$out/text" tokenizer="$tokenizer"
+  stage pack pack.py:tiny_instruct "$out/rows" tokenizer="$tokenizer"
   stage pack pack.py:tiny_validation "$out/rows" tokenizer="$tokenizer"
   stage pack pack.py:tiny_sft "$out/rows" tokenizer="$tokenizer"
   stage train pretrain.py:tiny "$out/pretrain" "${rows[@]}"

@@ -103,6 +103,22 @@ def encoded(config, manifest):
       yield chat.encode(tokenizer, document)[0]
 
 
+def test_a_licence_that_clean_noted_reaches_the_manifest(config, tmp_path):
+  for code in ("deu_Latn", "fra_Latn"):
+    (tmp_path / "text" / code / "web").mkdir(parents=True)
+    (tmp_path / "text" / code / "web" / "0.jsonl").write_text(json.dumps(dict(text="Haus Baum.")))
+  noted = {"deu_Latn/web": "CC-BY-4.0; CC0-1.0"}
+  run.write_json(tmp_path / "text" / text.CLEANED, dict(licences=noted))
+  config.text, config.licence = str(tmp_path / "text"), None
+  pack.main(config, tmp_path / "rows")
+  found = {m["name"]: m["licence"] for m in pack.read_manifests(tmp_path / "rows" / "train")}
+  assert found == {"deu_Latn/web": "CC-BY-4.0; CC0-1.0", "fra_Latn/web": None}
+  noted["deu_Latn/web"] = "CC0-1.0"
+  run.write_json(tmp_path / "text" / text.CLEANED, dict(licences=noted))
+  with pytest.raises(run.Refused, match="other inputs"):
+    pack.main(config, tmp_path / "rows")
+
+
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_the_rows_hold_exactly_the_tokens_of_the_documents(config, tmp_path, packing):
   config.packing = packing

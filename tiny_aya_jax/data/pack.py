@@ -48,7 +48,7 @@ def main(config, workdir):
   tokenizer_sha256 = tokenizers.load(config.tokenizer).sha256
   jobs = [
       _Job(code, source, paths, os.path.join(workdir, config.stage, code, source),
-           _inputs(config, paths, tokenizer_sha256))
+           _inputs(config, code, source, paths, tokenizer_sha256))
       for code, sources in _wanted(config).items()
       for source, paths in sorted(sources.items())
   ]  # fmt: skip
@@ -116,19 +116,24 @@ def _wanted(config):
   return {code: found[code] for code in rules.present(config.languages, found)}
 
 
-def _inputs(config, paths, tokenizer_sha256):
+def _inputs(config, code, source, paths, tokenizer_sha256):
   """Fingerprint of everything the rows depend on."""
   return run.fingerprint(
       dict(
           version=loader.VERSION,
           T=config.T,
           packing=config.packing,
-          licence=config.licence,
+          licence=_licence(config.text, config.licence, code, source),
           rows_per_shard=config.rows_per_shard,
           tokenizer=tokenizer_sha256,
           text=text.fingerprint(config.text, paths),
       )
   )
+
+
+def _licence(folder, given, code, source):
+  """config.licence, or what clean noted."""
+  return given if given is not None else text.licence(folder, code, source)
 
 
 def _done(job, overwrite):
@@ -215,7 +220,7 @@ def _write_source(job, config, folder):
       version=loader.VERSION,
       language=job.code,
       source=job.source,
-      licence=config["licence"],
+      licence=_licence(config["text"], config["licence"], job.code, job.source),
       T=config["T"],
       rows=count["rows"],
       fields=loader.FIELDS,
