@@ -6,7 +6,8 @@
 Expected: WORKDIR/<code>/<source>/*.jsonl.gz, which the other verbs read; WORKDIR/clean.json and
 clean.html: kept, dropped by reason, samples. Every rule is a veto; `full` is mild enough to keep
 at least 95% of clean books, news and documentation in every language. For crawled pages give
-FineWeb-2's thresholds (config.thresholds) or raise config.quality.min_doc_words to Gopher's 50.
+FineWeb-2's thresholds (config.thresholds), set config.repetition_words=0 and raise
+config.quality.min_doc_words to Gopher's 50: they drop a third of what is kept here.
 """
 
 import ml_collections
@@ -55,12 +56,12 @@ def get_config(variant="full"):
       new_line_ratio=1.0,
   ))
   c.min_stop_words = 2  # Gopher's; only where config.thresholds lists a language's stop words
-  c.deduplicate = True  # within a language, over all its sources; the first by file order is kept
+  c.deduplicate = True  # within a language, over all its sources; one of each cluster is kept
   c.minhash = ml_collections.ConfigDict(dict(n_grams=5, buckets=14, hashes=8))  # as FineWeb: 0.72
   c.urls = True  # datatrove's block lists, for documents that have a url
   c.blocked = ()  # files of more blocked domains, one a line
   c.pii = True  # e-mail and public IP addresses are replaced
-  c.test_sets = ()  # files or folders of .txt, .tsv and .jsonl that must not be in the text
+  c.test_sets = ()  # files or folders (.txt .tsv .csv .json .jsonl) that must not be in the text
   c.test_ngram = 13  # words shared with a test set that are too many (GPT-3's)
   c.classifier = config_dict.placeholder(str)  # 'package.module:function' (texts, code) -> scores
   c.classifier_threshold = 0.5

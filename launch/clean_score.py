@@ -3,8 +3,8 @@
   python launch/clean_score.py TEXT WORKDIR [--languages="('all',)"] [--veto=line]
 
 TEXT (DIR/<code>.txt.gz and the like) is cut into documents of about 1,000 characters and cleaned
-twice: as it is, and with 5% near duplicates (one word in twenty left out, at least one) and 2% lines
-of another language, each a document of its own; with --veto=line, inside a document. What the first
+twice: as it is, and with 5% near duplicates (one word in twenty left out, at least one) and 2%
+lines of another language, each a document of its own; with --veto=line, inside a document. What the first
 run drops is natural: a false alarm of the language veto, or a duplicate that was there before.
 Prints recall and precision per script and family group, and MB/s.
 """
@@ -40,13 +40,14 @@ def main():
   injected = inject(documents, random.Random(0), arguments.veto == "line")
   plain = {code: dict(enumerate(found)) for code, found in documents.items()}
   before, _ = clean(plain, arguments, "plain")
-  after, speed = clean({code: found for code, (found, _, _) in injected.items()}, arguments, "mixed")
+  mixed = {code: found for code, (found, _, _) in injected.items()}
+  after, speed = clean(mixed, arguments, "mixed")
   report(injected, before, after, arguments.veto == "line")
   print(f"{speed:.2f} MB/s on {arguments.workdir / 'mixed'}, two tasks at once")
 
 
 def cut(source, code, names):
-  """Documents of about LENGTH characters; Chinese by its script, as a folder of its own would be."""
+  """Documents of about LENGTH characters; of Chinese, those in the code's script."""
   found = []
   for name in names:
     for document in text.read(source, code, name):
@@ -98,7 +99,9 @@ def foreign(code, other):
 def edited(document, code, generator):
   """One word (an unspaced script: three characters) in twenty left out, at least one."""
   unspaced = languages.find(code).script in identify.UNSPACED
-  words = [document[i : i + 3] for i in range(0, len(document), 3)] if unspaced else document.split(" ")
+  words = document.split(" ")
+  if unspaced:
+    words = [document[start : start + 3] for start in range(0, len(document), 3)]
   gone = set(generator.sample(range(len(words)), max(1, round(EDITED * len(words)))))
   return ("" if unspaced else " ").join(word for n, word in enumerate(words) if n not in gone)
 
@@ -116,8 +119,8 @@ def clean(texts, arguments, name):
   started = time.monotonic()
   subprocess.run(
       [sys.executable, "-m", "tiny_aya_jax", "clean", "--config=experiments/clean.py",
-       f"--workdir={folder / 'clean'}", f"--config.text={folder / 'raw'}", "--config.overwrite=True",
-       f"--config.veto={arguments.veto}"], check=True)
+       f"--workdir={folder / 'clean'}", f"--config.text={folder / 'raw'}",
+       "--config.overwrite=True", f"--config.veto={arguments.veto}"], check=True)
   speed = size / 1e6 / (time.monotonic() - started)
   rows = json.loads((folder / "clean" / "clean.json").read_text())["languages"]
   kept = {code: {} for code in texts}
@@ -139,13 +142,15 @@ def report(injected, before, after, inside):
     scored = {copy: original for copy, original in copies.items() if str(original) in plain}
     touched = {str(name) for pair in scored.items() for name in pair}
     count["copies"] += len(scored)
-    count["found"] += sum(not {copy, str(original)} <= kept.keys() for copy, original in scored.items())
+    count["found"] += sum(not {copy, str(original)} <= kept.keys()
+                          for copy, original in scored.items())
     count["false"] += sum(str(name) in plain and str(name) not in kept and str(name) not in touched
                           for name in texts)
     count["wrong"] += len(wrong)
     count["caught"] += sum(_gone(name, line, kept, inside) for name, line in wrong.items())
-    count["vetoed"] += sum(found["documents"] for reason, found in row["dropped"].items()
-                           if reason in ("language", "script", "language (lines)"))
+    count["vetoed"] += sum(found.get("documents", found.get("lines"))
+                           for reason, found in row["dropped"].items()
+                           if reason in ("language", "script", "lines in another language"))
   print(f"{'group':28} {'lang.':>5} {'copies':>7} {'recall':>7} {'precision':>9}"
         f" {'wrong':>7} {'recall':>7} {'precision':>9}")
   total = collections.Counter()

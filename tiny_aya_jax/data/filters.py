@@ -14,8 +14,11 @@ import hashlib
 import heapq
 import importlib
 import json
+import math
+import numbers
 import os
 import pathlib
+import unicodedata
 
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
@@ -28,7 +31,7 @@ from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
 from datatrove.pipeline.filters.url_filter import URLFilter
 from datatrove.pipeline.formatters.pii import PIIFormatter
-from datatrove.utils.hashing import HashConfig
+from datatrove.utils.hashing import HashConfig, create_hash_func
 from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
@@ -42,6 +45,7 @@ KEPT_FIELDS = ("id", "url", "date", "licence", "license")  # of a record, if the
 NORMALISED = TextNormConfig(norm_numbers=False, norm_unicode_diacritics=False)
 HASH = HashConfig(hash_fc="sha1")  # datatrove's default needs xxhash, whose versions differ
 CHARACTERS_A_WORD = 3  # of an unspaced script, about: its n-grams are so many times longer
+LINE_END = regex.compile(r"\r\n|[\r\f\v\x85]")
 CONTROL = regex.compile(r"[\p{Cc}\p{Cs}--[\n\t]]|\ufeff", regex.VERSION1)
 EXCERPT = 300  # characters of a dropped document that the report shows
 
@@ -68,12 +72,12 @@ class Dropped:
   def write(self, document, rank=0):
     del rank
     reason = self.reason(document) if self.reason else document.metadata["filter_reason"]
-    note = document.metadata.get("note", "")
-    self.add(reason, document.id, document.text, note)
+    self.add(reason, document.id, document.text, document.metadata.get("note", ""))
 
-  def add(self, reason, name, content, note=""):
-    found = self.found.setdefault(reason, dict(documents=0, bytes=0, samples=[]))
-    found["documents"] += 1
+  def add(self, reason, name, content, note="", unit="documents"):
+    """`unit`: what `content` is, a document or some of its 'lines'."""
+    found = self.found.setdefault(reason, {unit: 0, "bytes": 0, "samples": []})
+    found[unit] += 1
     found["bytes"] += len(content.encode())
     sample = (-_hash(name + content), name, content[:EXCERPT], note)
     (heapq.heappush if len(found["samples"]) < self.samples else heapq.heappushpop)(
@@ -89,53 +93,78 @@ class Read(PipelineStep):
 
   type, name = "reader", "text"
 
-  def __init__(self, shard, dropped):
+  def __init__(self, shard, dropped, counts):
     super().__init__()
-    self.shard, self.dropped = shard, dropped
+    self.shard, self.dropped, self.counts = shard, dropped, counts
 
   def run(self, data=None, rank=0, world_size=1):
+    read = dict(documents=0, bytes=0)
     with self.dropped as dropped:
       for number, record in enumerate(self.shard.records()):
-        if isinstance(record, text.Malformed):
-          dropped.add(record.reason, str(record), "")
-        elif "messages" in record:
-          dropped.add("conversation", f"{self.shard.name}/{number}", str(record["messages"]))
-        elif not self.shard.split or identify.han(record["text"]) == self.shard.code:
-          kept = {key: record[key] for key in KEPT_FIELDS if isinstance(record.get(key), str)}
-          name = kept.pop("id", f"{self.shard.name}/{number}")
-          yield Document(record["text"], name, metadata=kept)
+        document = self._document(record, number, dropped)
+        if document:
+          read["documents"] += 1
+          read["bytes"] += len(document.text.encode())
+          yield document
+      # What is malformed was read, too.
+      read["documents"] += sum(found["documents"] for found in dropped.found.values())
+    run.write_json(self.counts, read)
+
+  def _document(self, record, number, dropped):
+    name = f"{self.shard.name}/{number}"
+    if isinstance(record, text.Malformed) or "messages" in record:
+      if self.shard.counts_malformed:
+        reason = record.reason if isinstance(record, text.Malformed) else "conversation"
+        dropped.add(reason, name, str(record))
+    elif not self.shard.split or identify.han(record["text"]) == self.shard.code:
+      kept = {key: record[key] for key in KEPT_FIELDS if isinstance(record.get(key), str)}
+      return Document(record["text"], kept.pop("id", name), metadata=kept)
+    return None
 
 
-class Tidy(PipelineStep):
-  """Without control characters but newline and tab, byte-order marks and PII; counts of each.
+def tidy(content):
+  """Without control characters and byte-order marks; every line's end is a newline."""
+  return CONTROL.sub("", LINE_END.sub("\n", content))
 
-  datatrove replaces e-mail addresses and public IP addresses; nothing else is rewritten.
+
+class Tidy(BaseFilter):
+  """`tidy`, and a document that has nothing else is empty."""
+
+  name = "tidy"
+
+  def filter(self, document):
+    document.text = tidy(document.text)
+    return bool(document.text.strip()) or (False, "empty")
+
+
+class Mask(PipelineStep):
+  """E-mail and public IP addresses replaced by datatrove's examples, and the documents counted.
+
+  datatrove's expression takes quadratic time on a long word, and minutes on an image in base64: it
+  is given only what may be an address, at most 64 characters before the @ and 255 behind.
   """
 
-  type, name = "formatter", "tidy"
+  type, name = "formatter", "mask"
+  ADDRESS = regex.compile(
+      r"[^\s@]{1,64}@[^\s@]{1,255}|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\w)")
 
-  def __init__(self, pii, path):
+  def __init__(self, path):
     super().__init__()
-    self.pii, self.path = PIIFormatter() if pii else None, path
+    self.pii, self.path = PIIFormatter(), path
 
   def run(self, data, rank=0, world_size=1):
-    counts = dict(documents=0, bytes=0, control_characters=0, pii=0)
+    masked = 0
     for document in data:
-      counts["documents"] += 1
-      counts["bytes"] += len(document.text.encode())
-      tidy = CONTROL.sub("", document.text)
-      counts["control_characters"] += tidy != document.text
-      masked = self.pii.format(tidy) if self.pii else tidy
-      counts["pii"] += masked != tidy
-      document.text = masked
-      if masked.strip():
-        yield document
-    run.write_json(self.path, counts)
+      content = self.ADDRESS.sub(lambda found: self.pii.format(found[0]), document.text)
+      masked += content != document.text
+      document.text = content
+      yield document
+    run.write_json(self.path, dict(masked=masked))
 
 
 def urls(blocked, dropped):
   """datatrove's lists and more domains; read once a process, for they are millions."""
-  step = _urls(tuple(blocked))
+  step = _urls(tuple(domain.lower() for domain in blocked))
   step.exclusion_writer = dropped
   return step
 
@@ -155,7 +184,10 @@ class Urls(URLFilter):
     self.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
   def filter(self, document):
-    found = super().filter(document) if document.metadata.get("url") else True
+    url = document.metadata.get("url")
+    if not url:
+      return True
+    found = super().filter(Document("", "", metadata=dict(url=url.lower())))
     return found if found is True else (False, f"url: {found[1]}")
 
 
@@ -168,8 +200,13 @@ class Script(BaseFilter):
 
   def filter(self, document):
     share = identify.script_share(document.text, self.script)
-    document.metadata["note"] = f"{share:.2f} {self.script}"
-    return share >= self.share or (False, "script")
+    return share >= self.share or _because(document, "script", f"{share:.2f} {self.script}")
+
+
+def _because(document, reason, note):
+  """What a filter returns of a document it drops; the note stands by its sample."""
+  document.metadata["note"] = note
+  return False, reason
 
 
 class Veto(BaseFilter):
@@ -183,14 +220,13 @@ class Veto(BaseFilter):
     if self.lines:
       return self._cut(document)
     label = self._other(document.text)
-    document.metadata["note"] = label or ""
-    return not label or (False, "language")
+    return not label or _because(document, "language", label)
 
   def _cut(self, document):
     kept = []
     for line in document.text.split("\n"):
       if label := line.strip() and self._other(line):
-        self.exclusion_writer.add("language (lines)", document.id, line, label)
+        self.exclusion_writer.add("lines in another language", document.id, line, label, "lines")
       else:
         kept.append(line)
     document.text = "\n".join(kept)
@@ -238,8 +274,7 @@ class StopWords(BaseFilter):
       found = sum(word in content for word in self.stop_words)
     else:
       found = len(self.stop_words.intersection(identify.words(content, self.script)))
-    document.metadata["note"] = f"{found} stop words"
-    return found >= self.least or (False, "stop words")
+    return found >= self.least or _because(document, "stop words", f"{found} found")
 
 
 def heuristics(script, settings, dropped):
@@ -291,13 +326,16 @@ class Classify(BaseFilter):
     return self.filter_batch([document])[0]
 
   def filter_batch(self, batch):
-    scores = hook(self.classifier)([document.text for document in batch], self.code)
-    if len(scores) != len(batch):
+    scores = list(hook(self.classifier)([document.text for document in batch], self.code))
+    if len(scores) != len(batch) or any(not _number(score) for score in scores):
       raise run.Refused(
-          f"{self.classifier} gave {len(scores)} scores for {len(batch)} documents")
-    for document, score in zip(batch, scores):
-      document.metadata["note"] = f"{float(score):.3f}"
-    return [score >= self.threshold or (False, "classifier") for score in scores]
+          f"{self.classifier} gave {scores!r:.60} for {len(batch)} documents: expected numbers")
+    return [score >= self.threshold or _because(document, "classifier", f"{float(score):.3f}")
+            for document, score in zip(batch, scores)]
+
+
+def _number(value):
+  return isinstance(value, numbers.Real) and not math.isnan(value)
 
 
 @functools.cache
@@ -305,11 +343,14 @@ def hook(name):
   """'package.module:function' -> the function."""
   module, _, function = name.partition(":")
   try:
-    return getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError, ValueError) as error:
+    found = getattr(importlib.import_module(module), function)
+  except Exception as error:  # whatever the user's module does when it is imported
     raise run.Refused(
         f"classifier {name!r} is no 'package.module:function' that can be imported ({error})"
     ) from None
+  if not callable(found):
+    raise run.Refused(f"classifier {name!r} is a {type(found).__name__}, expected a function")
+  return found
 
 
 class Decontaminate(NGramsDecontFilter):
@@ -320,9 +361,15 @@ class Decontaminate(NGramsDecontFilter):
     super().__init__(str(_index_folder(folder, script)), config, dropped, Words(script))
 
   def filter(self, document):
-    found = super().filter(document)
-    document.metadata["note"] = document.metadata.get("contaminated_task", "")
-    return found if found is True else (False, "test set")
+    probe = Document(_composed(document.text), document.id)
+    found = super().filter(probe)
+    return found if found is True else _because(
+        document, "test set", probe.metadata["contaminated_task"])
+
+
+def _composed(content):
+  """NFC: a letter and its accent are one in both the text and the test."""
+  return unicodedata.normalize("NFC", content)
 
 
 def index(tests, folder, n):
@@ -330,21 +377,21 @@ def index(tests, folder, n):
 
   Returns how many texts of each are too short for a single n-gram, and so cannot be found.
   """
-  short = {}
+  findable = {name: set() for name in tests}
   for script in ("Latn", "Thai"):
     place, size = _index_folder(folder, script), _ngram_words(n, script)
     place.mkdir(parents=True, exist_ok=True)
-    maker = NGramsDecontFilter(str(place), NGramsDecontConfig(size, hash_config=HASH), None,
-                               Words(script))
+    hashed = create_hash_func(HASH)
     for name, texts in tests.items():
       hashes = set()
-      for content in texts:
-        words = identify.words(simplify_text(content, NORMALISED), script)
-        hashes.update(maker.hash_func(" ".join(gram)) for gram in ngrams(words, size))
-        if script == "Latn":
-          short[name] = short.get(name, 0) + (len(words) < size)
+      for number, content in enumerate(texts):
+        words = identify.words(simplify_text(_composed(tidy(content)), NORMALISED), script)
+        grams = {hashed(" ".join(gram)) for gram in ngrams(words, size)}
+        hashes |= grams
+        if grams:
+          findable[name].add(number)
       np.array(sorted(hashes), np.uint64).tofile(place / f"{name}.index.hashes")
-  return short
+  return {name: len(texts) - len(findable[name]) for name, texts in tests.items()}
 
 
 def _index_folder(folder, script):
@@ -361,10 +408,16 @@ class Signature(minhash.MinhashDedupSignature):
 
   BLOCK = 512  # shingles: 112 permutations of them stay in the cache
 
+  def __init__(self, folder, config, whole):
+    """`whole`: punctuation counts too, as in code, where little else may differ."""
+    super().__init__(folder, config, Words("Latn"))  # it asks for words, which are not used
+    self.whole = whole
+
   def get_shingles(self, text):
     """Distinct hashed character n-grams, uint64 [n]; of a shorter text, its one padded n-gram."""
     n = self.config.n_grams
-    content = simplify_text(text, self.config.norm_config).ljust(n, "\0")
+    content = text if self.whole else simplify_text(text, self.config.norm_config)
+    content = (content or text).ljust(n, "\0")  # a text of punctuation is that
     character = np.frombuffer(content.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     grams = np.zeros(len(character) - n + 1, np.uint64)
     for i in range(n):
@@ -426,7 +479,7 @@ class Write(PipelineStep):
   def run(self, data, rank=0, world_size=1):
     counts, licences = dict(documents=0, bytes=0), {}
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self.path.with_name(f".{self.path.name}.tmp")
+    temporary = self.path.with_name(f".{self.path.name}.tmp{os.getpid()}")
     with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as file:
       for document in data:
         fields = {key: document.metadata[key] for key in KEPT_FIELDS if key in document.metadata}

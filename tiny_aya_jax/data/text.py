@@ -39,14 +39,14 @@ COMPRESSIONS = ("", ".gz", ".zst")
 PARQUET = ".parquet"
 SUFFIXES = (*(kind + compression for kind in KINDS for compression in COMPRESSIONS), PARQUET)
 CLEANING = ".clean"  # clean.py's unfinished work; while it is there, the folder is not whole
-MALFORMED = ("invalid UTF-8", "lone surrogate", "not JSON", "no text", "no conversation")
+EMPTY = "empty"
 CLEANED = "clean.json"  # clean.py's report: licences among other things
 LANGUAGE_FIELDS = ("lang", "language")
 ROLES = dict(system="system", user="user", assistant="assistant", chatbot="assistant")
 
 
 class Malformed(run.Refused):
-  """A record or document that is none. `reason`: of a handful, for counting; str: with its place."""
+  """A record or document that is none. `reason`: one of a handful; str: with its place."""
 
   def __init__(self, reason, sentence):
     super().__init__(sentence)
@@ -66,18 +66,34 @@ def languages(source):
     name = "instruct" if split == "instruct" else "cldr"
     return {language.code: {name: []} for language in table.LANGUAGES}
   found = {}
-  for codes, name, path in files(source):
-    found.setdefault(_first(codes), {}).setdefault(name, []).append(str(path))
+  for codes, name, path, broken in _found(source):
+    if broken:
+      raise broken
+    paths = found.setdefault(_first(codes), {}).setdefault(name, [])
+    if str(path) not in paths:  # of a file with labels for each script and for both
+      paths.append(str(path))
   order = {code: row for row, code in enumerate(table.select(found))}
   return {code: dict(sorted(found[code].items())) for code in sorted(found, key=order.get)}
 
 
 def files(source):
-  """[(codes, source name, path)] of a folder's text, by name.
+  """[(codes, source name, path, labels)] of a folder's text, by name: each document is in one.
 
   codes: what the file's, folder's or records' language name means: one code, or the two of
-  'cmn_Hani', whose documents are of either. A file of labelled records comes once a language.
+  'cmn_Hani', whose documents are of either. labels: what the records of a file in no language's
+  folder call it, else None. Such a file's lines that are no records are said, and left out.
   """
+  found = []
+  for codes, name, path, broken in _found(source):
+    if broken:
+      run.say(f"{path} has lines that are no records and belong to no language: {broken}")
+    names = _labels(path)[0] if _labelled(source, path) else {}
+    ours = tuple(label for label, means in names.items() if means == codes)
+    found.append((codes, name, path, ours or None))
+  return found
+
+
+def _found(source):
   found = list(_files(_folder(source)))
   if not found:
     raise run.Refused(
@@ -100,31 +116,29 @@ def read(source, code, name):
   run.choose("language of " + str(source), code, sources)
   run.choose(f"source of {code}", name, sources[code])
   for path in map(pathlib.Path, sources[code][name]):
-    for record in records(path, labels(source, path, code)):
-      if isinstance(record, Malformed):
+    names = _labels(path)[0] if _labelled(source, path) else {}
+    ours = tuple(label for label, codes in names.items() if codes[0] == code)
+    for record in records(path, ours or None):
+      if not isinstance(record, Malformed):
+        yield record["text"] if "text" in record else record["messages"]
+      elif record.reason != EMPTY:
         raise record
-      yield record["text"] if "text" in record else record["messages"]
 
 
-def labels(source, path, *codes):
-  """What the records of a file in no language's folder call these languages; None in one."""
-  path = pathlib.Path(path)
-  if path.parent != pathlib.Path(source) or _codes(_stem(path.name)):
-    return None
-  return tuple(label for label, means in _labels(path).items() if set(codes) & set(means))
+def _labelled(source, path):
+  """Whether the file's records name their languages."""
+  return path.parent == pathlib.Path(source) and not _codes(_stem(path.name))
 
 
 def records(path, labels=None):
   """Yields each document's record, {"text": str} or {"messages": list} and its other fields, or the
-  Malformed that says why it is none. Documents without any text are left out.
+  Malformed that says why it is none, of the reason EMPTY for one that says nothing.
 
   labels: only records whose language field is one of them. Damaged compression is Refused.
   """
   path = pathlib.Path(path)
   reader = {".txt": _paragraphs, ".jsonl": _lines_of_json, PARQUET: _rows}[_kind(path.name)]
-  for record in reader(path, labels) if labels else reader(path):
-    if isinstance(record, Malformed) or _spoken(record):
-      yield record
+  yield from reader(path, labels) if labels else reader(path)
 
 
 def licence(source, code, name):
@@ -167,16 +181,17 @@ def _folder(source):
 
 
 def _files(folder):
-  """Yields (codes, source name, path) of every text file, by name."""
+  """Yields (codes, source name, path, a first Malformed or None) of every text file, by name."""
   for path in _visible(folder):
     if path.is_dir():
       yield from _language_folder(path)
     elif _is_text(path.name):
       codes, stem = _codes(_stem(path.name)), _stem(path.name)
       if codes:
-        yield codes, "text", path
+        yield codes, "text", path, None
       elif _kind(path.name) == ".jsonl":
-        yield from ((codes, stem, path) for codes in dict.fromkeys(_labels(path).values()))
+        labels, broken = _labels(path)
+        yield from ((codes, stem, path, broken) for codes in dict.fromkeys(labels.values()))
       else:
         table.find(stem)  # refuses with the nearest name
 
@@ -190,10 +205,17 @@ def _language_folder(folder):
   deep = [path for path, _ in inside if path.is_dir()]
   if deep:
     raise run.Refused(f"{deep[0]} is a folder inside a source: text goes into <code>/<source>/")
-  inside = [(path, name) for path, name in inside if _is_text(path.name)]
-  if inside:
+  text = [(path, name) for path, name in inside if _is_text(path.name)]
+  if text:
     codes = _codes(folder.name) or (table.find(folder.name).code,)
-    yield from ((codes, name, path) for path, name in inside)
+    if len(text) < len(inside):
+      _say_ignored(folder, tuple(path.name for path, _ in inside if not _is_text(path.name)))
+    yield from ((codes, name, path, None) for path, name in text)
+
+
+@functools.cache  # so that it is said once
+def _say_ignored(folder, names):
+  run.say(f"{folder}: {len(names)} files are no text and are left out, such as {names[0]}")
 
 
 def _visible(folder):
@@ -236,13 +258,13 @@ def _codes(name):
 @functools.cache  # so that it is said once
 def _first(codes):
   if len(codes) > 1:
-    run.say(f"text of {' and '.join(codes)} in one: all of it is read as {codes[0]}; the verb clean "
-            "splits it")
+    run.say(f"text of {' and '.join(codes)} in one: all of it is read as {codes[0]}; the verb "
+            "clean splits it")
   return codes[0]
 
 
 def _labels(path):
-  """{label: codes} of a file whose records name their language."""
+  """({label: codes}, the first Malformed or None) of a file whose records name their language."""
   status = path.stat()
   return _scan(path, status.st_size, status.st_mtime_ns)
 
@@ -250,13 +272,19 @@ def _labels(path):
 @functools.lru_cache(maxsize=256)
 def _scan(path, size, modified):
   del size, modified  # only to read a changed file again
-  found = {}
+  found, broken = {}, None
   for number, line in lines(path):
     if line.strip():
-      label = _label(_record(line, path, number), path, number)
+      record = _attempt(_record, line, path, number)
+      if isinstance(record, Malformed):
+        broken = broken or record
+        continue
+      label = _label(record, path, number)
       if label not in found:
         found[label] = _codes(label) or _refuse_language(label, f"{path}, line {number}")
-  return found
+  if broken and not found:
+    raise broken
+  return found, broken
 
 
 def _label(record, path, number):
@@ -319,12 +347,22 @@ def _rows(path):
   except ModuleNotFoundError:
     raise run.Refused(f"{path} needs the pyarrow package: pip install pyarrow") from None
   try:
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    for number, record in enumerate(rows, 1):
-      yield _attempt(_document, record, f"{path}, row {number}")
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=100):
+      for row in range(len(batch)):
+        number += 1
+        place = f"{path}, row {number}"
+        record = _attempt(_row, batch.slice(row, 1), place)
+        yield record if isinstance(record, Malformed) else _attempt(_document, record, place)
   except (pyarrow.ArrowException, OSError) as error:
     raise run.Refused(f"{path} is damaged or no parquet ({error}): fetch it again") from None
+
+
+def _row(batch, place):
+  try:
+    return batch.to_pylist()[0]
+  except UnicodeDecodeError as error:
+    raise Malformed("invalid UTF-8", f"{place} is not UTF-8 ({error.reason})") from None
 
 
 def _attempt(reader, *arguments):
@@ -360,6 +398,8 @@ def _document(record, place):
     checked = dict(messages=_messages(record["messages"], place))
   else:
     checked = dict(text=_checked(record["text"], "text", place))
+  if not _spoken(checked):
+    raise Malformed(EMPTY, f"{place} says nothing")
   return {key: value for key, value in record.items() if key not in ("text", "messages")} | checked
 
 
@@ -439,7 +479,10 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, *([zstandard.ZstdError] if zs
 
 
 def lines(path):
-  """A text file's lines, also of a compressed one. Yields (number from 1, bytes without the line's end); LF or CRLF; a leading BOM is no text."""
+  """Yields (number from 1, bytes without the line's end) of a file, compressed or not.
+
+  Lines end in LF or CRLF; a leading BOM is no text.
+  """
   try:
     for number, line in enumerate(_raw_lines(path), 1):
       line = line.removesuffix(b"\n").removesuffix(b"\r")
