@@ -102,8 +102,9 @@ def test_a_rerun_is_up_to_date_and_other_inputs_are_refused(raw, trained, capsys
   assert (trained / "tokenizer.model").stat().st_mtime_ns == before
   with pytest.raises(run.Refused, match="other inputs"):
     vocab.main(small(raw, size=500), trained)
-  with pytest.raises(run.Refused, match="other inputs"):
-    vocab.main(small(raw, seed=1), trained)
+  for change in (dict(seed=1), dict(mixture_alpha=1.0), dict(repeat=2)):
+    with pytest.raises(run.Refused, match="other inputs"):
+      vocab.main(small(raw, **change), trained)
 
 
 def test_a_lost_or_changed_file_is_made_again(raw, trained, tmp_path):
@@ -112,6 +113,20 @@ def test_a_lost_or_changed_file_is_made_again(raw, trained, tmp_path):
     (tmp_path / name).unlink()
     vocab.main(small(raw), tmp_path)
     assert run.sha256(tmp_path / name) == run.sha256(trained / name)
+  (tmp_path / "tokenizer.model").write_bytes(b"changed")
+  vocab.main(small(raw), tmp_path)
+  assert run.sha256(tmp_path / "tokenizer.model") == run.sha256(trained / "tokenizer.model")
+
+
+def test_a_killed_overwrite_leaves_no_record_of_what_was_there(raw, trained, tmp_path, monkeypatch):
+  def killed(path, content):
+    raise KeyboardInterrupt
+
+  shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+  monkeypatch.setattr(vocab, "_replace", killed)
+  with pytest.raises(KeyboardInterrupt):
+    vocab.main(small(raw, overwrite=True), tmp_path)
+  assert not (tmp_path / "vocab.json").exists()
 
 
 def test_overwrite_trains_again(raw, tmp_path):
@@ -168,6 +183,20 @@ def test_the_sample_is_spread_over_the_whole_file_and_of_the_size_wanted(raw):
   assert abs(sum(len(line.encode()) for line in taken) - 6000) < 600
   where = [every.index(line) / len(every) for line in taken]
   assert all(any(tenth / 10 <= w < (tenth + 1) / 10 for w in where) for tenth in range(10))
+
+
+def test_text_that_is_short_may_be_repeated(raw, tmp_path):
+  config = small(raw)
+  sources = [("tha_Thai", "text", [])]
+  have, _ = vocab._count(config.text, sources)
+  once, more = (list(vocab.sample(config, sources, have, {"tha_Thai": times * have["tha_Thai"]}))
+                for times in (1, 2.5))
+  counts = {more.count(line) / once.count(line) for line in once}
+  assert len(more) == pytest.approx(2.5 * len(once), abs=1) and counts == {2, 3}
+  for repeat in (1, 3):
+    vocab.main(small(raw, repeat=repeat, mixture_alpha=0.0), tmp_path / str(repeat))
+    thai = read(tmp_path / str(repeat) / "vocab.json")["languages"]["tha_Thai"]
+    assert repeat - 1 < thai["sample_bytes"] / thai["text_bytes"] <= repeat
 
 
 RULES = [
@@ -233,8 +262,9 @@ def test_digits_are_cut_apart_and_nothing_else():
         (dict(mixture_kind="bucket"), "did you mean 'buckets'"),
         (dict(mixture_reading="B"), "bucket_temperature is None and reading 'B'"),
         (dict(beside="('C',)"), "unknown rule in config.beside 'C'"),
-        (dict(beside="('uniform',)", bytes=10**7), "takes all [0-9]+ bytes of the text, by any rule"),
+        (dict(beside="('uniform',)", bytes=10**7), "takes all [0-9]+ bytes there are .* by any rule"),
         (dict(processes=0), "config.processes is 0"),
+        (dict(repeat=0), "config.repeat is 0"),
         (dict(character_coverage=1.5), "at most 1"),
         (dict(languages=("zul_Latn",)), "of none of the 1 in --config.languages"),
         (dict(languages=("eng_Latn", "zul_Latn")), "no source of 'zul_Latn'"),
@@ -407,11 +437,20 @@ def test_another_question_makes_the_report_again_and_trains_nothing(raw, beside,
   assert "fairness.json: up to date" in capsys.readouterr().out
 
 
-def test_without_held_out_text_a_part_of_every_language_is_measured(trained, raw):
-  text = read(trained / "fairness.json")["text"]
+def test_other_held_out_text_makes_the_report_again(raw, held_out, trained, tmp_path):
+  shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+  vocab.main(small(raw, validation=str(held_out)), tmp_path)
+  report, before = (read(folder / "fairness.json") for folder in (tmp_path, trained))
+  assert report["text"]["eng_Latn"]["lines"] < before["text"]["eng_Latn"]["lines"]
+
+
+def test_without_held_out_text_a_part_of_every_language_is_measured(raw, tmp_path, monkeypatch):
+  monkeypatch.setattr(vocab, "SLICE", 8000)
+  vocab.main(small(raw), tmp_path)
+  text = read(tmp_path / "fairness.json")["text"]
   assert set(text) == {*WORDS, "cym_Latn"}
-  assert text["eng_Latn"]["bytes"] == pytest.approx(vocab.SLICE, abs=8000) or (
-      text["eng_Latn"]["bytes"] < vocab.SLICE)
+  assert text["eng_Latn"]["bytes"] == pytest.approx(8000, rel=0.1)
+  assert text["tha_Thai"]["bytes"] < 8000  # all of it
 
 
 def test_a_given_tokenizer_is_measured_and_nothing_is_trained(raw, held_out, trained, tmp_path):
@@ -449,8 +488,8 @@ def test_the_training_text_is_not_held_out(raw, tmp_path):
 
 
 def test_a_sample_larger_than_the_memory_is_refused_with_what_fits(raw, tmp_path, monkeypatch):
-  monkeypatch.setattr(vocab, "_memory", lambda: 101_400_000)  # 100 MB, 600 pieces and 20 kB of text
-  message = "needs about 0.1 GB of memory, and this machine has 0.1 GB: set --config.bytes="
+  monkeypatch.setattr(vocab, "_memory", lambda: 201_400_000)  # 200 MB, 600 pieces and 20 kB of text
+  message = "about 0.2 GB of memory, 1 at a time, and this machine has 0.2 GB: set --config.bytes="
   with pytest.raises(run.Refused, match=message) as no:
     vocab.main(small(raw), tmp_path)
   fits = int(str(no.value).split("--config.bytes=")[1].split()[0])
@@ -459,7 +498,7 @@ def test_a_sample_larger_than_the_memory_is_refused_with_what_fits(raw, tmp_path
 
 
 def test_memory_is_counted_for_every_process(raw, held_out, tmp_path, monkeypatch):
-  monkeypatch.setattr(vocab, "_memory", lambda: 150_000_000)
-  with pytest.raises(run.Refused, match="training 2 at once needs about 0.2 GB"):
+  monkeypatch.setattr(vocab, "_memory", lambda: 300_000_000)
+  with pytest.raises(run.Refused, match="about 0.4 GB of memory, 2 at a time"):
     vocab.main(compared(raw, held_out, processes=2), tmp_path)
   vocab.main(compared(raw, held_out), tmp_path)

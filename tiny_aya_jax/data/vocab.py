@@ -7,9 +7,9 @@ text and options, nothing is split at encode time, so that every engine gives eq
   that merges like any other: no engine needs a rule for it;
 - what is not covered by a piece is its UTF-8 bytes.
 
-A language's share of the sample is config.mixture's (rules.py, sizes in bytes), capped by the text
-that exists; what a capped language leaves is spread over the others in proportion, `fixed` ones
-included. Text is never repeated: LOG.md has what that would change.
+A language's share of the sample is config.mixture's (rules.py, sizes in bytes), capped by its text
+taken config.repeat times; what a capped language leaves is spread over the others in proportion,
+`fixed` ones included.
 
 Rules to compare (config.beside) are trained on the same text, budget and size, into
 workdir/beside/NAME, each whole or not at all: a killed call goes on with those that are missing.
@@ -34,11 +34,11 @@ from tiny_aya_jax.data import text as texts
 from tiny_aya_jax.data import tokenizer as tokenizers
 
 SMALLEST = len(tokenizers.SPECIALS) + 256 + 2  # specials, bytes, space and newline
-# Peak memory of a training, measured on 15 to 191 MB of real text (LOG.md): within 2% for all 69
-# languages and for the six that write no spaces, 30% too much for six of Latin script.
+# Peak memory of a training, a line through measurements on 15 to 191 MB of real text (LOG.md): 0 to
+# 7% above them for all 69 languages and for the six that write no spaces, 40% for six in Latin.
 MEMORY_PER_BYTE = 10  # of the sample
-MEMORY_PER_PIECE = 2_000  # bytes
-MEMORY_OF_PYTHON = 100_000_000  # bytes
+MEMORY_PER_PIECE = 2_000
+MEMORY_AT_LEAST = 200_000_000
 HUGE = 2_000_000_000  # bytes, from where SentencePiece has to count in 64 bits
 SLICE = 65_536  # bytes of each language's text that are measured where no text is held out
 BATCH = 1000  # lines encoded at once
@@ -86,8 +86,9 @@ def _check(config):
   folders = [os.path.realpath(folder) for folder in (config.text, config.validation) if folder]
   if len(set(folders)) < len(folders):
     raise run.Refused(f"config.validation is the training text, {config.text}: give held-out text")
-  if config.processes < 1:
-    raise run.Refused(f"config.processes is {config.processes}, expected at least 1")
+  for name in ("processes", "repeat"):
+    if config[name] < 1:
+      raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
   if config.plot:
     fairness.check_plot()
   for name in config.beside:
@@ -167,7 +168,7 @@ def _trained(config, workdir):
   for rule in asked.values():  # a name, field or number that is wrong is refused before reading
     rules.weights(dict.fromkeys((code for code, *_ in sources), 1), rule)
   text = _text_fingerprint(config.text, sources)
-  settings = [config.bytes, config.size, config.character_coverage, config.seed]
+  settings = [config.bytes, config.repeat, config.size, config.character_coverage, config.seed]
   jobs = {
       folders[name]: _Job(folders[name], rule, run.fingerprint([rule, *settings, text]))
       for name, rule in asked.items()
@@ -193,7 +194,8 @@ def _done(job, overwrite):
 def _train_all(config, sources, jobs):
   have, cut_lines = _count(config.text, sources)
   _check_text(config, have)
-  wants = [shares(have, config.bytes, rules.weights(have, job.rule)) for job in jobs]
+  most = {code: config.repeat * count for code, count in have.items()}
+  wants = [shares(most, config.bytes, rules.weights(have, job.rule)) for job in jobs]
   _check_memory(config, wants)
   _say_sample(wants[0], jobs[0].rule, cut_lines)
   if config.processes == 1:
@@ -216,7 +218,7 @@ def _train_all(config, sources, jobs):
 
 
 def _check_text(config, have):
-  total = sum(have.values())
+  total = config.repeat * sum(have.values())
   if not total:
     raise run.Refused(f"{config.text} holds no line of text in the languages chosen: add some")
   absent = sorted(rules.asked(_rule(config)) - have.keys())
@@ -224,21 +226,21 @@ def _check_text(config, have):
     run.say(f"{config.text} has no text of {len(absent)} languages: {', '.join(absent)}")
   if config.beside and total <= config.bytes:
     raise run.Refused(
-        f"config.bytes={config.bytes} takes all {total} bytes of the text, by any rule: lower it to"
-        " compare rules, or set --config.beside='()'"
+        f"config.bytes={config.bytes} takes all {total} bytes there are (config.repeat="
+        f"{config.repeat}), by any rule: lower it to compare rules, or set --config.beside='()'"
     )
 
 
 def _check_memory(config, wants):
   """Refuses a sample whose training would end in an out-of-memory kill, hours later."""
   together = min(config.processes, len(wants))
-  fixed = MEMORY_PER_PIECE * config.size + MEMORY_OF_PYTHON
+  fixed = MEMORY_PER_PIECE * config.size + MEMORY_AT_LEAST
   need = together * (max(sum(want.values()) for want in wants) * MEMORY_PER_BYTE + fixed)
   have = _memory()
   if need > have:
     fits = int((have / together - fixed) / MEMORY_PER_BYTE)
     raise run.Refused(
-        f"training {together} at once needs about {need / 1e9:.1f} GB of memory, and this machine "
+        f"training takes about {need / 1e9:.1f} GB of memory, {together} at a time, and this machine "
         f"has {have / 1e9:.1f} GB: "
         + (f"set --config.bytes={fits} or less" if fits > 0 else "lower --config.processes or size")
     )
@@ -329,41 +331,45 @@ def lines(document):
   return re.findall(r"\n*[^\n]+", document)
 
 
-def shares(have, budget, weights):
-  """{code: bytes of text}, bytes, {code: weight} -> {code: bytes to take}, as the weights say.
+def shares(most, budget, weights):
+  """{code: bytes at most}, bytes, {code: weight} -> {code: bytes to take}, as the weights say.
 
-  No language gives more than it has; what it leaves is shared by the others in proportion.
+  What a language cannot give is shared by the others in proportion.
   """
   weights, want = dict(weights), {}
-  left = min(budget, sum(have[code] for code in weights))
+  left = min(budget, sum(most[code] for code in weights))
   while weights:
     scale = left / sum(weights.values())
-    full = [code for code in weights if weights[code] * scale >= have[code]]
+    full = [code for code in weights if weights[code] * scale >= most[code]]
     if not full:
       want |= {code: int(weight * scale) for code, weight in weights.items()}
       break
     for code in full:
-      want[code] = have[code]
-      left -= have[code]
+      want[code] = most[code]
+      left -= most[code]
       del weights[code]
-  return {code: want[code] for code in have if code in want}
+  return {code: want[code] for code in most if code in want}
 
 
 def sample(config, sources, have, want):
-  """Yields training lines: at even distances through all files of a language, not their heads."""
+  """Yields training lines: at even distances through all files of a language, not their heads.
+
+  A language that has less than is wanted gives every line, some of them once more than others.
+  """
   take = {code: _evenly(want[code] / have[code], f"{config.seed} {code}") for code in want}
   for code, name, _ in sources:
     for document in _documents(config.text, code, name) if code in take else ():
       for line in lines(document):
-        yield from (shape(chunk) for chunk in CHUNK.findall(line) if next(take[code]))
+        for chunk in CHUNK.findall(line):
+          yield from [shape(chunk)] * next(take[code])
 
 
 def _evenly(rate, seed):
-  """True for a share `rate` of the calls, at even distances; the seed says where to begin."""
+  """Whole numbers, `rate` on average, as even as can be; the seed says where to begin."""
   phase = random.Random(seed).random()
   while True:
-    phase += min(rate, 1)
-    yield phase >= 1
+    phase += rate
+    yield int(phase)
     phase %= 1
 
 
@@ -513,7 +519,7 @@ def _batches(folder, sources):
 def _slices(folder, sources):
   """Yields (code, lines), about SLICE bytes of each language, at even distances."""
   have, _ = _count(folder, sources)
-  keep = {code: _evenly(SLICE / have[code], f"slice {code}") for code in have}
+  keep = {code: _evenly(min(1, SLICE / have[code]), f"slice {code}") for code in have}
   for code, batch in _batches(folder, sources):
     if code in keep:
       yield code, [line for line in batch if next(keep[code])]
