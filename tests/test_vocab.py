@@ -265,6 +265,7 @@ def test_digits_are_cut_apart_and_nothing_else():
         (dict(beside="('uniform',)", bytes=10**7), "takes all [0-9]+ bytes there are .* by any rule"),
         (dict(processes=0), "config.processes is 0"),
         (dict(repeat=0), "config.repeat is 0"),
+        (dict(validation="nowhere"), "text folder nowhere does not exist"),
         (dict(character_coverage=1.5), "at most 1"),
         (dict(languages=("zul_Latn",)), "of none of the 1 in --config.languages"),
         (dict(languages=("eng_Latn", "zul_Latn")), "no source of 'zul_Latn'"),

@@ -214,7 +214,8 @@ def _body(result, shown):
       size = result["text"][code]["bytes"]
       rows = [column["languages"][code] for column in columns.values()]
       name = f"{html.escape(languages.find(code).name)} ({code}){' *' if size < SMALL else ''}"
-      yield (f"<tr><td>{name}</td><td class=n>{size:,}</td>" + _cells(rows, shown, longest) + "</tr>")
+      yield (f"<tr><td>{name}</td><td class=n>{size:,}</td>"
+             + _cells(rows, shown, longest) + "</tr>")
 
 
 def _cells(rows, shown, longest):

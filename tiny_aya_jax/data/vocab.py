@@ -75,11 +75,9 @@ def main(config, workdir):
   and bytes, a size that the sample cannot fill, a sample that does not fit the machine's memory.
   """
   _check(config)
-  if config.tokenizer:
-    paths = {GIVEN: config.tokenizer}
-  else:
-    paths = _trained(config, workdir)
-  _report(config, workdir, paths)
+  measured = _sources(config, config.validation or config.text)  # refused now, not after training
+  paths = {GIVEN: config.tokenizer} if config.tokenizer else _trained(config, workdir)
+  _report(config, workdir, measured, paths)
 
 
 def _check(config):
@@ -240,8 +238,8 @@ def _check_memory(config, wants):
   if need > have:
     fits = int((have / together - fixed) / MEMORY_PER_BYTE)
     raise run.Refused(
-        f"training takes about {need / 1e9:.1f} GB of memory, {together} at a time, and this machine "
-        f"has {have / 1e9:.1f} GB: "
+        f"training takes about {need / 1e9:.1f} GB of memory, {together} at a time, and this "
+        f"machine has {have / 1e9:.1f} GB: "
         + (f"set --config.bytes={fits} or less" if fits > 0 else "lower --config.processes or size")
     )
 
@@ -258,8 +256,11 @@ def _train_one(job, config, sources, have, want):
   """Trains one vocabulary into its folder, vocab.json last: its presence says that all is there."""
   start = time.monotonic()
   lines = sample(config, sources, have, want)
-  huge = sum(want.values()) > HUGE
-  tokenizer = _write(job.folder, train(lines, config.size, config.character_coverage, huge))
+  try:
+    model = train(lines, config.size, config.character_coverage, sum(want.values()) > HUGE)
+  except run.Refused as refusal:
+    raise run.Refused(f"{job.folder}: {refusal}") from refusal
+  tokenizer = _write(job.folder, model)
   record = dict(
       inputs=job.inputs,
       rule=rules.words(job.rule),
@@ -456,13 +457,12 @@ def _replace(path, content):
 # --- the report ---------------------------------------------------------------------------------
 
 
-def _report(config, workdir, paths):
+def _report(config, workdir, sources, paths):
   """paths: {column: a tokenizer}. Writes workdir/fairness.{html, svg, json}, the last one last.
 
   Made again whenever what it reads has changed: it costs little beside a training.
   """
   folder = config.validation or config.text
-  sources = _sources(config, folder)
   columns = {name: tokenizers.load(path) for name, path in paths.items()}
   inputs = run.fingerprint([
       {name: tokenizer.sha256 for name, tokenizer in columns.items()},
@@ -473,26 +473,15 @@ def _report(config, workdir, paths):
     run.say(f"{record}: up to date")
     return
   record.unlink(missing_ok=True)
-  made = {} if config.tokenizer else {
-      name: run.read_json(path / "vocab.json", "vocabulary") for name, path in paths.items()
-  }
-  lines = _batches(folder, sources) if config.validation else _slices(folder, sources)
-  sampled = {name: _shares(earlier) for name, earlier in made.items()}
-  result = dict(
-      inputs=inputs,
-      measured_on=f"{'held-out' if config.validation else 'a part of the training'} text, {folder}",
-      rules={name: made[name]["rule"] if made else str(path) for name, path in paths.items()},
-      **fairness.measure(columns, lines, sampled),
-  )
+  result = dict(inputs=inputs, **_measured(config, folder, sources, columns, paths))
   workdir.mkdir(parents=True, exist_ok=True)
+  picture = workdir / "fairness.svg"
+  picture.unlink(missing_ok=True)
   if config.plot:
-    fairness.plot(result, workdir / "fairness.svg")
-  page = fairness.page(result, "fairness.svg" if config.plot else None)
+    fairness.plot(result, picture)
+  page = fairness.page(result, picture.name if config.plot else None)
   (workdir / "fairness.html").write_text(page, encoding="utf-8")
   run.write_json(record, result)
-  unseen = sorted({code for share in sampled.values() for code in share} - set(result["text"]))
-  if unseen:
-    run.say(f"no text to measure {len(unseen)} languages on: {', '.join(unseen)}")
   for line in fairness.table(result):
     run.say(line)
   run.say(f"page: {workdir / 'fairness.html'}")
@@ -500,6 +489,24 @@ def _report(config, workdir, paths):
 
 def _same_report(record, inputs):
   return record.exists() and run.read_json(record, "earlier report").get("inputs") == inputs
+
+
+def _measured(config, folder, sources, columns, paths):
+  """The result of fairness.measure, with what it was measured on and the rules in words."""
+  made = {} if config.tokenizer else {
+      name: run.read_json(path / "vocab.json", "vocabulary") for name, path in paths.items()
+  }
+  sampled = {name: _shares(record) for name, record in made.items()}
+  lines = _batches(folder, sources) if config.validation else _slices(folder, sources)
+  result = fairness.measure(columns, lines, sampled)
+  unseen = sorted({code for share in sampled.values() for code in share} - result["text"].keys())
+  if unseen:
+    run.say(f"{folder} has no text to measure {len(unseen)} languages on: {', '.join(unseen)}")
+  return dict(
+      measured_on=f"{'held-out' if config.validation else 'a part of the training'} text, {folder}",
+      rules={name: made[name]["rule"] if made else str(path) for name, path in paths.items()},
+      **result,
+  )
 
 
 def _shares(record):
