@@ -1,22 +1,27 @@
-"""How fast a training step is, beside `transformers` Cohere2 in PyTorch. Nothing is written.
+"""How fast a training step and the loader are, beside others. Nothing is written.
 
   tiny-aya bench --config=experiments/bench.py
   tiny-aya bench --config=experiments/bench.py --config.model.window=4096 --config.turns=5
   tiny-aya bench --config=experiments/bench.py:small --config.dtype=bfloat16 --config.tolerance=1e-2
+  tiny-aya bench --config=experiments/bench.py:loader --config.T=2048
 
 Expected: versions, shapes, equal losses on every side, then after each turn the medians in tokens/s
-and the ratio of ours to PyTorch eager and to torch.compile.
+and the ratio of ours to PyTorch eager and to torch.compile (`transformers` Cohere2). Of `loader`:
+threads, descriptors, memory, then tokens/s of one thread beside Grain's IterDataset.mix and Hugging
+Face's interleave_datasets, over the same rows.
 """
 
 import ml_collections
 
 from tiny_aya_jax import run
 
-VARIANTS = ("train_step", "small")
+VARIANTS = ("train_step", "small", "loader")
 
 
 def get_config(variant="train_step"):
   run.choose("variant", variant, VARIANTS)
+  if variant == "loader":
+    return loader()
   c = ml_collections.ConfigDict()
   c.bench = "train_step"
   c.against = ("eager", "compile")  # () for ours alone; needs torch and transformers otherwise
@@ -44,4 +49,17 @@ def get_config(variant="train_step"):
   if variant == "small":
     # ours: a large vocabulary, where the head is half of the step
     c.model.F, c.model.V, c.batch, c.loss_chunk = 704, 32768, 32, 16
+  return c
+
+
+def loader():
+  c = ml_collections.ConfigDict()
+  c.bench = "loader"
+  c.against = ("grain", "datasets")  # those of them that are installed
+  c.T = 8192
+  c.rows = 32  # of each of 210 sources: 55M tokens at T 8192, half a minute to write
+  c.batch = 16
+  c.turns = 5  # every side once a turn
+  c.batches = 20  # timed, a turn and side
+  c.long = 200  # batches before memory is watched, and while it is
   return c

@@ -5,10 +5,11 @@
   tiny-aya pack --config=experiments/pack.py:small --workdir=runs/data --config.text=TEXT \\
       --config.tokenizer=runs/vocab/tokenizer.model
   tiny-aya pack --config=experiments/pack.py:tiny --workdir=runs/tiny \\
-      --config.tokenizer=runs/tiny/tokenizer.model       (also :tiny_validation and :tiny_sft)
+      --config.tokenizer=runs/tiny/tokenizer.model       (also :tiny_instruct, _validation, _sft)
 
 Expected: WORKDIR/<stage>/<code>/<source>/{manifest.json, rows-*.array_record} and a table of
-documents, tokens, rows, bytes per token and fill (100% but for a source's last row with 'split').
+documents, tokens, rows, bytes per token, fill (100% but for a source's last row with 'split') and
+the share of documents that were cut ('truncated'; conversations are dropped instead).
 A second call says "up to date".
 """
 
@@ -17,7 +18,7 @@ from ml_collections import config_dict
 
 from tiny_aya_jax import run
 
-VARIANTS = ("full", "small", "tiny", "tiny_validation", "tiny_sft")
+VARIANTS = ("full", "small", "tiny", "tiny_instruct", "tiny_validation", "tiny_sft")
 
 
 def get_config(variant="full"):
@@ -42,6 +43,8 @@ def get_config(variant="full"):
     c.licence = "Unicode-3.0"  # made from CLDR
   if variant == "tiny_validation":
     c.text, c.stage = "embedded/validation", "validation"
+  if variant == "tiny_instruct":  # beside the text, as the source 'instruct': the cooldown's
+    c.text, c.packing = "embedded/instruct", "best_fit"
   if variant == "tiny_sft":
     c.text, c.stage, c.packing = "embedded/instruct", "sft", "best_fit"
   return c

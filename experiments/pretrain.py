@@ -6,7 +6,8 @@
 
 `small` (2.0M parameters, real text, half an hour on two cores) and `tiny` (1.3M, the embedded
 corpus, three minutes) are steps of launch/pipeline.sh; figures in experiments/LOG.md. Expected of
-tiny: bits per byte on held-out facts falls from 5.5 to about 3.
+tiny: bits per byte on held-out facts falls from 5.5 to about 3. Sources named `instruct`, if there
+are any, wait for the cooldown.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -34,7 +35,7 @@ def get_config(variant="full"):
       T=8192,
       seed=0,
       accept_change=False,
-      threads=4,  # ours: readers ahead of the step; the batches do not depend on it
+      threads=4,  # ours: readers ahead of the step, 0: none; the batches do not depend on it
       prefetch=8,
   ))
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
@@ -90,7 +91,8 @@ def mixture():
       keep=(),  # "(('Africa', 1.0),)": a mask, and factors
       fixed=(),  # "(('English', 0.3), ('code', 0.15))": shares of the whole
       floor=config_dict.placeholder(float),  # the least share of a language
-      within=(),  # "(('instruct', 0.15),)": a source's share of every language that has it
+      # "(('instruct', 0.15),)": a source's share of every language that has it; 0: not drawn
+      within=(("instruct", 0.0),),
       unit="tokens",  # or bytes: what shares, sizes and budget count
   ))
 

@@ -19,7 +19,7 @@ def get_config(variant="global"):
   # The pool as it is. A regional mix of the report (Appendix A) is this pool under a mask; fire's:
   # --config.data.mixture.keep="(('English', 1.0), ('South Asia', 1.0), ('code', 1.0))"
   # --config.data.mixture.languages="('all', 'code')"
-  c.data.mixture.temperature = 1.0
+  c.data.mixture.update(temperature=1.0, within=())
   if variant == "global":
     c.data.batch = 32  # report 3.2; unit not stated, rows here
   c.schedule.update(shape="cosine", peak=2.5e-5, final=1.2e-6)  # report 3.2

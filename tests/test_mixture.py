@@ -71,6 +71,50 @@ def test_realised_counts_stay_within_a_few_rows_of_exact_at_every_moment(tempera
   assert list(mixture.counts(plan, n).values()) == np.bincount(source_n, minlength=70).tolist()
 
 
+def web():
+  """The 70 languages as unequal as the web has them, and rows filled with unequal amounts."""
+  random, rows = np.random.default_rng(7), []
+  for language in languages.LANGUAGES:
+    count = max(2, language.fineweb_bytes // 2**25)  # 3.4 MB to 70 TB: 2 rows to 2 million
+    rows += [source(f"{language.code}/books", count // 2, random.integers(300, 8194)),
+             source(f"{language.code}/web", count - count // 2, random.integers(8000, 8194))]
+  return [each | dict(bytes=int(each["tokens"] * random.uniform(1, 9))) for each in rows]
+
+
+COUNTED = dict(
+    temperature_1=dict(kind="temperature", temperature=1.0),
+    temperature_3=dict(kind="temperature", temperature=3.33),
+    temperature_100=dict(kind="temperature", temperature=100.0),
+    unimax_1=dict(kind="unimax", epochs=1.0),
+    unimax_4=dict(kind="unimax", epochs=4.0),
+    buckets_a=dict(kind="buckets", alpha=0.3, by="family", reading="A"),
+    buckets_b=dict(kind="buckets", alpha=1.0, by="genus", reading="B", bucket_temperature=3.0),
+    explicit=dict(kind="explicit", weights=(("English", 0.3), ("Africa", 0.1), ("South Asia", 0.6)),
+                  alpha=0.5, within=(("books", 0.7),)),
+)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "bytes"])
+@pytest.mark.parametrize("rule", COUNTED.values(), ids=COUNTED)
+def test_shares_and_epochs_counted_over_a_million_rows_are_the_plans(rule, unit):
+  sources, n = web(), 1_000_000
+  rule = dict(languages=("all",) if rule["kind"] != "explicit" else None) | rule | dict(unit=unit)
+  rule = mixture.with_budget(rule, sources, n)
+  plan = mixture.plan(sources, rule)
+  drawn = np.bincount(mixture.locate_many(plan, 0, n)[0], minlength=len(sources))
+  rows, size = (np.array([each[key] for each in sources]) for key in ("rows", unit))
+  read = drawn * size / rows
+  weight = mixture.weights({each["name"]: each[unit] for each in sources}, rule)
+  weight = np.array([weight.get(each["name"], 0) for each in sources])
+  np.testing.assert_allclose(plan["segments"][0]["weights"], weight, atol=1e-9)
+  np.testing.assert_allclose(read / read.sum(), weight, atol=1e-4)
+  predicted = weight / size / (weight / size * rows).sum() * n  # epochs, from shares alone
+  assert (np.abs(drawn / rows - predicted) <= 6 / rows).all()
+  if rule["kind"] == "unimax":
+    assert (drawn / rows <= rule["epochs"] + 6 / rows).all()
+    assert (predicted > 0.999 * rule["epochs"]).sum() > 10
+
+
 def test_any_row_is_found_without_the_rows_before_it():
   plan = mixture.plan(seventy(), ALL)
   source_n, rank_n = mixture.locate_many(plan, 0, 30_000)
@@ -232,9 +276,55 @@ def test_the_table_adds_up_and_warns_above_four_epochs():
   sources = [source("deu_Latn/a", 1000), source("fra_Latn/a", 10)]
   plan = mixture.plan(sources, {**ALL, "temperature": 1e9})
   lines = mixture.table(plan, 200)
-  assert len(lines) == 4 and "50.50%" in lines[1] and "49.50%" in lines[2]  # 101 and 99 rows
-  assert lines[-1] == "warning: more than 4 epochs of 1 sources: fra_Latn/a 9.9"
+  assert lines[0] == "mixture temperature: languages all, temperature 1e+09, unit tokens"
+  assert "200 rows" in lines[1] and lines[2].split() == ["language", "tokens", "share", "epochs"]
+  assert lines[3].split() == ["deu_Latn", "50.50k", "50.50%", "0.10"]  # 101 rows of 500 tokens
+  assert lines[4].split() == ["fra_Latn", "49.50k", "49.50%", "9.90"]
+  assert lines[6].split() == ["Europe", "100.00k", "100.00%", "0.20"]
+  assert lines[7] == "warning: more than 4 epochs of 1 sources: fra_Latn/a 9.9"
   assert not any("warning" in line for line in mixture.table(plan, 60))
+
+
+def test_the_table_names_what_is_asked_for_without_rows_left_out_or_never_reached():
+  sources = [source("deu_Latn/a", 10**6), source("code/a", 50), source("swh_Latn/a", 50),
+             source("wol_Latn/a", 50)]
+  rule = {**ALL, "temperature": 1.0, "languages": ("de", "Africa")}
+  lines = mixture.table(mixture.plan(sources, rule | dict(keep=(("de", 1), ("sw", 1)))), 200)
+  assert lines[-2:] == ["less than one row, although the mixture draws from them: swh_Latn",
+                        "with rows, but left out by the mixture: code, wol_Latn"]
+  lines = mixture.table(mixture.plan(sources, rule), 200)
+  missing = [line for line in lines if line.startswith("asked for, but without rows: ")]
+  codes = set(missing[0].partition(": ")[2].split(", "))
+  assert codes == set(languages.expand("Africa")) - {"swh_Latn", "wol_Latn"}
+
+
+def test_the_table_of_a_staged_plan_has_all_rows_and_this_stages():
+  sources = [source("deu_Latn/a", 100), source("swh_Latn/a", 100)]
+  later = {"swh_Latn": 0.75, "de": 0.25}
+  plan = mixture.append(mixture.plan(sources, {"deu_Latn": 1.0}), 100, later)
+  lines = mixture.table(plan, 300)
+  assert lines[1].split() == "300 rows in all 200 rows of this stage".split()
+  assert lines[3].split() == "deu_Latn 75.00k 50.00% 1.50 25.00k 25.00% 0.50".split()
+  assert lines[4].split() == "swh_Latn 75.00k 50.00% 1.50 75.00k 75.00% 1.50".split()
+  assert [line.split()[0] for line in lines[5:8]] == ["region", "Europe", "Africa"]
+  assert mixture.table(plan, 100)[-1] == "with rows, but left out by the mixture: swh_Latn"
+
+
+def test_the_table_counts_bytes_if_the_rule_does_and_every_source_has_them():
+  sources = [source("deu_Latn/a", 100), source("swh_Latn/a", 100)]
+  rule = {**ALL, "unit": "bytes"}
+  assert mixture.table(mixture.plan(sources, rule), 50)[2].split()[1] == "bytes"
+  old = mixture.plan(sources[:1], ALL)
+  del old["sources"][0]["bytes"], old["segments"][0]["unit"], old["segments"][0]["rule"]
+  assert "earlier version" in mixture.table(old, 50)[0]
+  plan = mixture.append(old, 50, rule, sources[1:])
+  assert mixture.table(plan, 90)[2].split()[1] == "tokens"
+
+
+def test_epochs_count_only_the_sources_that_take_part():
+  sources = [source("deu_Latn/a", 100), source("deu_Latn/instruct", 900)]
+  lines = mixture.table(mixture.plan(sources, {**ALL, "within": (("instruct", 0.0),)}), 150)
+  assert lines[3].split() == ["deu_Latn", "75.00k", "100.00%", "1.50"]
 
 
 def test_locating_a_chunk_of_rows_is_cheap():

@@ -83,7 +83,7 @@ def config(corpus, tokenizer_path):
 def rows_of(manifest):
   """Every row of a packed source as (token, segment, weight), read back from its records."""
   length = manifest["T"] + 1
-  for record in loader._in_order(manifest):
+  for record in loader.in_order(manifest):
     parts = np.split(np.frombuffer(record, np.uint8), [4 * length, 6 * length])
     yield parts[0].view("<u4"), parts[1].view("<u2"), parts[2]
 
@@ -129,6 +129,20 @@ def test_the_rows_hold_exactly_the_tokens_of_the_documents(config, tmp_path, pac
     assert manifest["bytes"] == sum(
         len(d.encode()) for d in text.read(config.text, manifest["language"], manifest["source"])
     )
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_the_table_says_what_share_of_the_documents_was_cut(config, tmp_path, packing, capsys):
+  config.packing = packing
+  pack.main(config, tmp_path)
+  manifests = pack.read_manifests(tmp_path / "train")
+  title, *languages = [line.split() for line in capsys.readouterr().out.splitlines()
+                       if line.split()[0] in ("language", "deu_Latn", "fra_Latn", "all")]
+  for line in languages:
+    ours = [m for m in manifests if line[0] in (m["language"], "all")]
+    share = sum(m["truncated"] for m in ours) / sum(m["documents"] for m in ours)
+    assert line[title.index("truncated")] == f"{share:.2%}" and 0 < share < 1
+  assert sorted(line[0] for line in languages) == ["all", "deu_Latn", "fra_Latn"]
 
 
 def test_split_pads_only_the_last_row_and_counts_the_documents_it_cut(config, tmp_path):

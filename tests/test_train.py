@@ -28,7 +28,7 @@ def data(tmp_path_factory):
   some = "--config.languages=('deu_Latn', 'tur_Latn', 'hin_Deva', 'wol_Latn')"
   assert call("vocab", "vocab.py:tiny", folder, some, "--config.size=600",
               "--config.bytes=200000") == 0
-  for variant in ("tiny", "tiny_validation"):
+  for variant in ("tiny", "tiny_instruct", "tiny_validation"):
     assert call("pack", f"pack.py:{variant}", folder / "rows", some, f"--config.T={T}",
                 f"--config.tokenizer={folder / 'tokenizer.model'}") == 0
   return folder
@@ -237,6 +237,9 @@ def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole,
   trunk, forked = saved.data(whole), saved.data(fork)
   assert mixture.counts(forked["plan"], 128) == mixture.counts(trunk["plan"], 128)
   assert len(forked["plan"]["segments"]) == 2
+  assert {name.partition("/")[2] for name in mixture.drawn(trunk["plan"])} == {"cldr"}
+  new = {name: count for name, count in mixture.counts(forked["plan"], 160).items() if count}
+  assert sum(count for name, count in new.items() if name.endswith("/instruct")) >= 3  # 15% of 32
   sft = tmp_path / "sft"
   assert call("train", "sft.py:tiny", sft, *fields(
       data, f"--config.init_from={fork}", "--config.steps=2", "--config.schedule.warmup_steps=0",

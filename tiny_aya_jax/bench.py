@@ -4,7 +4,8 @@
 PyTorch, eager and compiled: same weights, same batch, same AdamW. The sides take turns, because on
 a busy machine only ratios within one run mean anything, and they must agree on the loss of the
 first steps, or the comparison is void. One segment a row on both sides: packed rows do not exist
-over there. A config is any object with the fields of experiments/bench.py.
+over there. `loader` is bench_loader.py. A config is any object with the fields of
+experiments/bench.py.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import time
 
 import numpy as np
 
-BENCHES = ("train_step",)
+BENCHES = ("train_step", "loader")
 SIDES = dict(eager="PyTorch eager", compile="torch.compile")
 AGREED_STEPS = 3  # 1: same forward; 2 and 3: same gradients, clipping and AdamW
 
@@ -25,7 +26,11 @@ def main(config, workdir=None):
   """Runs the benchmark named by config.bench and prints its table; the workdir is not used."""
   from tiny_aya_jax import run
 
-  run.choose("bench", config.bench, BENCHES)
+  if run.choose("bench", config.bench, BENCHES) == "loader":
+    from tiny_aya_jax import bench_loader
+
+    bench_loader.main(config)
+    return
   run.choose_fields(config, "dtype", "attention", "remat")
   for side in config.against:
     run.choose("side", side, SIDES)

@@ -13,6 +13,7 @@ target: 0 on a segment's first token and on prompts).
 
 import functools
 import hashlib
+import itertools
 import pathlib
 import re
 import resource
@@ -46,7 +47,7 @@ class Loader:
     self.rows = _slice(batch, process)
     manifests = planned(plan)
     _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
-    self._opened = {manifest["name"]: (_in_order(manifest), manifest) for manifest in manifests}
+    self._opened = {manifest["name"]: (in_order(manifest), manifest) for manifest in manifests}
     self._rows = np.array([source["rows"] for source in plan["sources"]], np.int64)
     self._keys = np.array([_key(seed, source["name"]) for source in plan["sources"]], np.uint64)
     self._located = functools.lru_cache(maxsize=64)(self._locate_chunk)
@@ -57,7 +58,7 @@ class Loader:
     records = [
         _read(*self._source(source), row) for source, row in zip(source_B.tolist(), row_B.tolist())
     ]
-    return _batch(records, source_B, self.plan["T"])
+    return decoded(records, source_B, self.plan["T"])
 
   def _source(self, index):
     source = self.plan["sources"][index]
@@ -68,8 +69,11 @@ class Loader:
   def batches(self, first_step, threads, prefetch):
     """Iterates over self[first_step], self[first_step + 1], ..., read ahead by Grain's threads.
 
-    `prefetch` is how many batches may wait. The batches do not depend on either number.
+    `prefetch` is how many batches may wait. With 0 threads the caller reads, and nothing waits. The
+    batches do not depend on either number.
     """
+    if not threads:
+      return map(self.__getitem__, itertools.count(first_step))
     import grain
 
     steps = grain.MapDataset.range(first_step, sys.maxsize)
@@ -102,7 +106,7 @@ def every_row_once(manifests, batch, process=(0, 1)):
   for manifest in manifests:
     check_fields(manifest)
   _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
-  here, sources = _slice(batch, process), [_in_order(manifest) for manifest in manifests]
+  here, sources = _slice(batch, process), [in_order(manifest) for manifest in manifests]
   starts = np.cumsum([0, *(manifest["rows"] for manifest in manifests)])
   for start in range(0, int(starts[-1]), batch):
     row_B = np.arange(start + here.start, start + here.stop)
@@ -114,7 +118,7 @@ def every_row_once(manifests, batch, process=(0, 1)):
         else _read(sources[source], manifests[source], row - starts[source])
         for source, row in zip(source_B.tolist(), row_B.tolist())
     ]
-    yield _batch(records, source_B, T)
+    yield decoded(records, source_B, T)
 
 
 def _slice(batch, process):
@@ -208,7 +212,8 @@ def _mixed(x_n):
   return x_n ^ (x_n >> np.uint64(31))
 
 
-def _in_order(manifest):
+def in_order(manifest):
+  """The source's records as a sequence: random access, in the order they were packed."""
   from grain.sources import ArrayRecordDataSource
 
   # [first:last] spares Grain opening every shard at once to count its records.
@@ -244,27 +249,33 @@ def _damaged(manifest):
   return manifest["path"]
 
 
-def _batch(records, source_B, T):
-  row_BX = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), ROW_BYTES * (T + 1))
-  token, segment, weight = np.split(row_BX, [4 * (T + 1), 6 * (T + 1)], axis=1)
-  token = token.view("<u4").astype(np.int32)
-  segment_BT = segment.view("<u2")[:, :T].astype(np.int32)
+def decoded(records, source_B, T):
+  """B records, each a row's bytes -> the batch that `Loader` gives."""
+  B = len(records)
+  token = np.empty((B, T + 1), np.int32)
+  segment_BT, weight_BT = np.empty((B, T), np.int32), np.empty((B, T), np.float32)
+  for row, record in enumerate(records):  # without a copy of all records in between
+    token[row] = np.frombuffer(record, "<u4", T + 1)
+    segment_BT[row] = np.frombuffer(record, "<u2", T, 4 * (T + 1))
+    weight_BT[row] = np.frombuffer(record, np.uint8, T, 6 * (T + 1) + 1)
   return dict(
       token_BT=token[:, :T],
       target_BT=token[:, 1:],
       segment_BT=segment_BT,
       position_BT=_positions(segment_BT),
-      weight_BT=weight[:, 1:].astype(np.float32),
+      weight_BT=weight_BT,
       source_B=source_B.astype(np.int32),
   )
 
 
 def _positions(segment_BT):
   """[[1, 1, 2, 2, 2, 0]] -> [[0, 1, 0, 1, 2, 0]]: each segment counts from 0."""
-  index_T = np.arange(segment_BT.shape[1], dtype=np.int32)
-  start_BT = np.zeros_like(segment_BT)
-  start_BT[:, 1:] = np.where(segment_BT[:, 1:] != segment_BT[:, :-1], index_T[1:], 0)
-  return index_T - np.maximum.accumulate(start_BT, axis=1)
+  begins_BT = np.ones(segment_BT.shape, bool)
+  np.not_equal(segment_BT[:, 1:], segment_BT[:, :-1], out=begins_BT[:, 1:])
+  start = np.flatnonzero(begins_BT).astype(np.int32)
+  index_BT = np.arange(segment_BT.size, dtype=np.int32)  # a batch has less than 2^31 tokens
+  index_BT -= np.repeat(start, np.diff(start, append=segment_BT.size))
+  return index_BT.reshape(segment_BT.shape)
 
 
 def _raise_open_files(shards):

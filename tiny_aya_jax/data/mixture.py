@@ -220,9 +220,14 @@ def plan_sha256(plan):
 
 def drawn(plan):
   """{source name: width of its interval} of the sources that the plan's last segment draws from."""
-  ends = plan["segments"][-1]["thresholds"]
-  widths = [end - start for start, end in zip([0, *ends], ends)]
-  return {source["name"]: width for source, width in zip(plan["sources"], widths) if width}
+  return {name: width for name, width in _widths(plan, plan["segments"][-1]).items() if width}
+
+
+def _widths(plan, segment):
+  """{source name: width of its interval}, 0 for sources that joined later."""
+  ends = segment["thresholds"] + [UNIT] * (len(plan["sources"]) - len(segment["thresholds"]))
+  return {source["name"]: end - start
+          for source, start, end in zip(plan["sources"], [0, *ends], ends)}
 
 
 def counts(plan, row):
@@ -314,30 +319,70 @@ def _ranks(source_n, counters):
 
 
 def table(plan, rows):
-  """Text lines: what a run of so many rows sees of each language, with a warning above 4 epochs."""
-  drawn = counts(plan, rows)
-  seen, size = {}, {}
-  for source in plan["sources"]:
-    code = source["language"]
-    tokens = drawn[source["name"]] * source["tokens"] / source["rows"]
-    seen[code] = seen.get(code, 0) + tokens
-    size[code] = size.get(code, 0) + source["tokens"]
-  total = math.fsum(seen.values()) or 1
-  lines = [f"{'language':10} {'tokens':>10} {'share':>8} {'epochs':>8}   of {rows:,} rows"]
-  for code in sorted(seen, key=seen.get, reverse=True):
-    share = 100 * seen[code] / total
-    epochs = seen[code] / size[code]
-    lines.append(f"{code:10} {_short(seen[code]):>10} {share:>7.2f}% {epochs:>8.2f}")
+  """Text lines: what a run of so many rows sees of each language and region, and what it does not.
+
+  Amounts, shares and epochs are of all rows so far; where the plan has stages, those of the stage
+  that row `rows` ends stand beside.
+  """
+  segment = plan["segments"][_segment_at(plan, max(rows - 1, 0))]
+  start, width = segment["start_row"], _widths(plan, segment)
+  drawn, before = counts(plan, rows), counts(plan, start)
+  columns = [drawn]
+  if start:
+    columns.append({name: drawn[name] - before[name] for name in drawn})
+  taking = [s for s in plan["sources"] if drawn[s["name"]] or width[s["name"]]]
+  unit = segment.get("unit", "tokens")
+  if not all(unit in source for source in taking):
+    unit = "tokens"  # sources of an earlier version's plan, which counted nothing else
+  lines = [f"mixture {segment.get('rule', 'of an earlier version, which wrote down no rule')}"]
+  stage = f"{' in all':14} {rows - start:>14,} rows of this stage" if start else ""
+  lines.append(f"{'':12} {rows:>12,} rows{stage}")
+  lines += _lines("language", taking, columns, unit, lambda code: code)
+  lines += _lines("region", taking, columns, unit, _region)
+  return lines + _remarks(plan, segment, taking, drawn, columns[-1])
+
+
+def _region(code):
+  return {language.code: language.region for language in languages.LANGUAGES}.get(code, code)
+
+
+def _lines(title, sources, columns, unit, key):
+  """A line for each key(language): amount, share of the whole and epochs, for each column."""
+  size, seen = {}, [{} for _ in columns]
+  for source in sources:
+    name = key(source["language"])
+    size[name] = size.get(name, 0) + source[unit]
+    for drawn, amounts in zip(columns, seen):
+      amount = drawn[source["name"]] * source[unit] / source["rows"]
+      amounts[name] = amounts.get(name, 0) + amount
+  totals = [math.fsum(amounts.values()) or 1 for amounts in seen]
+  yield f"{title:12} " + "   ".join(f"{unit:>10} {'share':>8} {'epochs':>8}" for _ in seen)
+  for name in sorted(size, key=seen[0].get, reverse=True):
+    cells = [(amounts[name], amounts[name] / total, amounts[name] / size[name])
+             for amounts, total in zip(seen, totals)]
+    yield f"{name:12} " + "   ".join(
+        f"{_short(amount):>10} {share:>8.2%} {epochs:>8.2f}" for amount, share, epochs in cells
+    )
+
+
+def _remarks(plan, segment, taking, drawn, stage):
+  """Lines for what a reader would miss in the table."""
+  width = _widths(plan, segment)
+  have = {source["language"] for source in plan["sources"]}
+  takes = {source["language"] for source in taking if width[source["name"]]}
+  read = {source["language"] for source in taking if stage[source["name"]]}
   worn = [
       f"{source['name']} {drawn[source['name']] / source['rows']:.1f}"
-      for source in plan["sources"]
+      for source in taking
       if drawn[source["name"]] > MOST_EPOCHS * source["rows"]
   ]
-  if worn:
-    lines.append(
-        f"warning: more than {MOST_EPOCHS} epochs of {len(worn)} sources: {', '.join(worn)}"
-    )
-  return lines
+  remarks = {
+      f"warning: more than {MOST_EPOCHS} epochs of {len(worn)} sources": worn,
+      "less than one row, although the mixture draws from them": sorted(takes - read),
+      "asked for, but without rows": sorted(set(segment.get("asked", ())) - have),
+      "with rows, but left out by the mixture": sorted(have - takes),
+  }
+  return [f"{what}: {', '.join(names)}" for what, names in remarks.items() if names]
 
 
 def _short(tokens):

@@ -210,7 +210,7 @@ def _write_source(job, config, folder):
   count = collections.Counter()
   documents = _encoded(text.read(config["text"], job.code, job.source), tokenizer, config, count)
   rows = PACKINGS[config["packing"]](documents, length, count)
-  shards = _write_shards(rows, length, folder, config["rows_per_shard"], count)
+  shards = write_shards(rows, length, folder, config["rows_per_shard"], count)
   return dict(
       version=loader.VERSION,
       language=job.code,
@@ -349,7 +349,7 @@ def _piece(token, weight, start, end):
   return token[start:end], weight
 
 
-def _write_shards(rows, length, folder, rows_per_shard, count):
+def write_shards(rows, length, folder, rows_per_shard, count):
   """Writes the rows; -> the manifest's shards. Their names hold their number, known at the end."""
   parts, writer = [], None
   for row in rows:
@@ -399,15 +399,15 @@ def row_bytes(row, length):
 
 
 def table(manifests):
-  """Text lines: documents, tokens, rows, bytes per token and fill of each language."""
+  """Text lines: documents, tokens, rows, bytes per token, fill of each language; what was cut."""
   lines = [
       f"{'language':10} {'documents':>11} {'tokens':>15} {'rows':>11} {'bytes/token':>12}"
-      f" {'fill':>8} {'dropped':>8}"
+      f" {'fill':>8} {'truncated':>10} {'dropped':>8}"
   ]
   total = collections.defaultdict(collections.Counter)
   for manifest in manifests:
     for code in (manifest["language"], "all"):
-      total[code].update({key: manifest[key] for key in ("documents", "tokens", "rows", "bytes")})
+      total[code].update({key: manifest[key] for key in _SUMMED})
       total[code]["room"] += manifest["rows"] * (manifest["T"] + 1)
       total[code]["dropped"] += sum(manifest["dropped"].values())
   total["all"] = total.pop("all")  # the last line
@@ -415,6 +415,9 @@ def table(manifests):
     lines.append(
         f"{code:10} {sums['documents']:>11,} {sums['tokens']:>15,} {sums['rows']:>11,} "
         f"{sums['bytes'] / sums['tokens']:>12.2f} {sums['tokens'] / sums['room']:>8.2%} "
-        f"{sums['dropped']:>8,}"
+        f"{sums['truncated'] / sums['documents']:>10.2%} {sums['dropped']:>8,}"
     )
   return lines
+
+
+_SUMMED = ("documents", "tokens", "rows", "bytes", "truncated")

@@ -100,23 +100,25 @@ def checked(rule):
           for field, value in rule.items()}
   kind = run.choose("mixture kind", rule.pop("kind", None), READS)
   _refuse_unread(kind, rule)
-  found = dict(kind=kind)
-  for field in (*READS[kind], *EVERY_KIND):
-    value = rule.get(field)
-    if field in PAIRS:
-      value = _pairs(field, value)
-    elif field in NUMBERS and value is not None:
-      _number(f"mixture {field}", field, value)
-    if _unset(value) and field not in MAY_LACK:
-      raise run.Refused(f"a {kind} mixture needs the field {field!r}")
-    found[field] = value
-  found["unit"] = run.choose("mixture unit", found["unit"] or "tokens", UNITS)
+  found = {field: _read(kind, field, rule.get(field)) for field in (*READS[kind], *EVERY_KIND)}
   if "languages" in found:
     languages.select(found["languages"])  # refuses an unknown name
   if "alpha" in found:
     found |= dict(alpha=_alpha(kind, found),
                   temperature=found["temperature"] if found["alpha"] is None else None)
-  return found
+  # Shares of sizes alone have no unit; of rows, tokens are the house's.
+  unit = run.choose("mixture unit", found["unit"] or "tokens", UNITS)
+  return found | dict(kind=kind, unit=unit)
+
+
+def _read(kind, field, value):
+  if field in PAIRS:
+    value = _pairs(field, value)
+  elif field in NUMBERS and value is not None:
+    _number(f"mixture {field}", field, value)
+  if _unset(value) and field not in MAY_LACK:
+    raise run.Refused(f"a {kind} mixture needs the field {field!r}")
+  return value
 
 
 def _refuse_unread(kind, rule):
@@ -279,14 +281,13 @@ def present(names, codes):
 def _kept(share, pairs):
   if not pairs:
     return share
-  present_codes = {_code(name) for name in share}
-  groups = [(present([name], present_codes), name, factor) for name, factor in pairs]
-  factor, named = {}, {}
+  groups = [(present([name], map(_code, share)), name, factor) for name, factor in pairs]
+  factor, width = {}, {}
   for codes, name, number in sorted(groups, key=lambda group: -len(group[0])):  # the narrowest last
     for code in codes:
-      if len(named.get(code, ())) == len(codes):
+      if width.get(code) == len(codes):
         raise run.Refused(f"mixture keep names {code} twice, once as {name!r}")
-      factor[code], named[code] = number, codes
+      factor[code], width[code] = number, len(codes)
   kept = {name: part * factor.get(_code(name), 0) for name, part in share.items()}
   kept = {name: part for name, part in kept.items() if part}
   if not kept:

@@ -9,7 +9,7 @@ but empty documents.
     DIR/<anything>.jsonl[.gz,.zst]                  language by each record's "lang" or "language",
                                                     source: the file's name (the file is read
                                                     once a language: split big ones)
-    embedded/<split>                                toy.py, source 'cldr'
+    embedded/<split>                                toy.py, source 'cldr'; 'instruct' of instruct
 
 In .txt a blank line ends a document. In .jsonl each line is {"text": ...} or {"messages": [...]}.
 """
@@ -48,7 +48,8 @@ def languages(source):
   """
   split = _embedded(source)
   if split:
-    return {language.code: {"cldr": []} for language in table.LANGUAGES}
+    name = "instruct" if split == "instruct" else "cldr"
+    return {language.code: {name: []} for language in table.LANGUAGES}
   found = {}
   for code, name, path in _files(_folder(source)):
     found.setdefault(code, {}).setdefault(name, []).append(str(path))

@@ -87,7 +87,7 @@ def _fields(config):
     raise run.Refused("config.data.rows is not set: give the folder of packed rows")
   if not config.tokenizer:
     raise run.Refused("config.tokenizer is not set: give tokenizer.model or tokenizer.json")
-  least = {"data.batch": 1, "data.T": 2, "data.threads": 1, "data.prefetch": 1, "loss.chunk": 1,
+  least = {"data.batch": 1, "data.T": 2, "data.threads": 0, "data.prefetch": 1, "loss.chunk": 1,
            "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
            "schedule.peak": 0, "schedule.final": 0}
   least |= dict.fromkeys(
