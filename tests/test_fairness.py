@@ -150,6 +150,8 @@ def test_the_table_has_a_line_a_tokenizer():
   head, one, two = fairness.table(described())
   assert "worst/best" in head and two.startswith("<two>")
   assert one.split()[:3] == ["one", "3.00", "1.50"]
+  greek = measured([("ell_Grek", ["η"])])
+  assert fairness.table(greek)[1].split()[:3] == ["bytes", "1.00", "-"]
 
 
 def test_the_plot_is_the_same_each_time(tmp_path):

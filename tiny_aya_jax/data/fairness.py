@@ -136,15 +136,16 @@ def _group(rates):
 
 
 def table(result):
-  """Text lines: one a tokenizer, then its five best and five worst languages."""
+  """Text lines: one a tokenizer, after their head."""
   columns = result["columns"]
   lines = [f"{'':14}{'worst/best':>12}{'in Latin':>10}{'tokens/char':>13}{'bytes/token':>13}"
            f"{'fragments':>11}{'changed lines':>15}   worst five"]
   for name, column in columns.items():
     whole, latin = column["all"], column["scripts"].get("Latn")
+    inside = f"{latin['worst_to_best']:.2f}" if latin else "-"
     changed = sum(column["round_trip"]["exceptions"].values())
     lines.append(
-        f"{name:14}{whole['worst_to_best']:12.2f}{latin['worst_to_best'] if latin else 1:10.2f}"
+        f"{name:14}{whole['worst_to_best']:12.2f}{inside:>10}"
         f"{whole['tokens_per_character']:13.3f}{whole['bytes_per_token']:13.2f}"
         f"{whole['fragments']:11.2%}{changed:15}   {', '.join(whole['worst'])}"
     )
