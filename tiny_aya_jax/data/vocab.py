@@ -34,8 +34,8 @@ from tiny_aya_jax.data import text as texts
 from tiny_aya_jax.data import tokenizer as tokenizers
 
 SMALLEST = len(tokenizers.SPECIALS) + 256 + 2  # specials, bytes, space and newline
-# Peak memory of a training, a line through measurements on 15 to 191 MB of real text (LOG.md): 0 to
-# 7% above them for all 69 languages and for the six that write no spaces, 40% for six in Latin.
+# Peak memory of a training, a line above measurements on 15 to 191 MB of real text (LOG.md): by 2 to
+# 8% for all 69 languages and for the six that write no spaces, by 40% for six in Latin script.
 MEMORY_PER_BYTE = 10  # of the sample
 MEMORY_PER_PIECE = 2_000
 MEMORY_AT_LEAST = 200_000_000
