@@ -10,6 +10,7 @@ EXTRAS = dict(
           "py3langid", "pyarrow", "zstandard"],
     export=["safetensors", "tokenizers"],
     track=["tensorboardX"],
+    report=["matplotlib"],
     gcp=["gcsfs"],
     test=["pytest", "jinja2", "zstandard"],
     # Installed first and by exactly this version: any range pulls gigabytes of CUDA.

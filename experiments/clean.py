@@ -48,7 +48,8 @@ def get_config(variant="full"):
   ))
   c.quality = ml_collections.ConfigDict(dict(
       min_doc_words=1, max_doc_words=100_000_000, min_avg_word_length=1.5, max_avg_word_length=20.0,
-      max_symbol_word_ratio=0.1, max_bullet_lines_ratio=1.0, max_ellipsis_lines_ratio=0.9,  # dialogue in books
+      max_symbol_word_ratio=0.1, max_bullet_lines_ratio=1.0,  # dialogue in books
+      max_ellipsis_lines_ratio=0.9,
       max_non_alpha_words_ratio=0.4,  # the least share of words with a letter, despite its name
   ))
   c.lines = ml_collections.ConfigDict(dict(

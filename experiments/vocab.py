@@ -63,6 +63,4 @@ def get_config(variant="full"):
     config.size = 4096  # ours: trains in seconds
     config.bytes = 20_000_000  # ours: all of the embedded corpus, whatever the rule
     config.character_coverage = 0.9995
-  if variant != "full":
-    config.plot = False  # pipeline.sh installs no matplotlib
   return config

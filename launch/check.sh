@@ -5,7 +5,7 @@
 #   bash launch/check.sh full     also Python 3.12 ($PYTHON312), and the forward pass compiled for a TPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh "data,export,track,test,parity"
+. launch/environment.sh "data,export,report,track,test,parity"
 if command -v shellcheck > /dev/null; then
   shellcheck launch/*.sh
 else
@@ -16,6 +16,6 @@ if [ "${1:-}" = full ]; then
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"
   python launch/tpu_lowering.py
   rm -rf .venv312 && "${PYTHON312:-python3.12}" -m venv .venv312
-  .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[data,export,track,test]"
+  .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[data,export,report,track,test]"
   .venv312/bin/python -m pytest tests -q
 fi

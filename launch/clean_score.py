@@ -4,8 +4,8 @@
 
 TEXT (DIR/<code>.txt.gz and the like) is cut into documents of about 1,000 characters and cleaned
 twice: as it is, and with 5% near duplicates (one word in twenty left out, at least one) and 2%
-lines of another language, each a document of its own; with --veto=line, inside a document. What the first
-run drops is natural: a false alarm of the language veto, or a duplicate that was there before.
+lines of another language, each a document of its own; with --veto=line, inside a document. What the
+first run drops is natural: a false alarm of the language veto, or a duplicate that was there before.
 Prints recall and precision per script and family group, and MB/s.
 """
 

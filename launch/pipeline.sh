@@ -24,7 +24,7 @@ out=$(realpath -m "${OUT:-$here/runs/$size}")
 cd "$here"
 mkdir -p "$out"
 # shellcheck source=launch/environment.sh
-. launch/environment.sh "data,export,track"
+. launch/environment.sh "data,export,report,track"
 
 stage() {  # stage VERB EXPERIMENT WORKDIR FIELDS...: prints what it runs, and runs it
   local verb=$1 experiment=$2 workdir=$3 fields=("${@:4}")
@@ -53,7 +53,7 @@ if [ "$size" = tiny ]; then
   model=$out/sft prompt="Friday, Saturday, Sunday,"
 else
   stage clean clean.py "$out/text" text="$text"
-  stage vocab vocab.py:small "$out" text="$out/text"
+  stage vocab vocab.py:small "$out" text="$out/text" validation="$validation"
   stage pack pack.py:small "$out/rows" text="$out/text" tokenizer="$tokenizer"
   stage pack pack.py:small "$out/rows" text="$validation" stage=validation tokenizer="$tokenizer"
   stage train pretrain.py:small "$out/pretrain" "${rows[@]}"
@@ -66,5 +66,6 @@ fi
 stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer"
 stage talk talk.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" prompt="$prompt"
 
-printf '\nreport        %s\ncheckpoint    %s\nHugging Face  %s\n' \
-  "$out/report/report.html" "$model/checkpoints" "$out/huggingface"
+printf '\ncleaned text  %s\nvocabulary    %s\nreport        %s\ncheckpoint    %s\nHugging Face  %s\n' \
+  "$out/text/clean.html" "$out/fairness.html" "$out/report/report.html" "$model/checkpoints" \
+  "$out/huggingface"

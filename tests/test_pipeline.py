@@ -33,8 +33,9 @@ def out(tmp_path_factory):
 
 
 def test_it_says_where_everything_is(out):
-  last = (out / "stdout").read_text().splitlines()[-3:]
-  for line, name in zip(last, ("report.html", "checkpoints", "huggingface")):
+  last = (out / "stdout").read_text().splitlines()[-5:]
+  names = ("clean.html", "fairness.html", "report.html", "checkpoints", "huggingface")
+  for line, name in zip(last, names):
     assert line.endswith(name) and pathlib.Path(line.split()[-1]).exists()
 
 

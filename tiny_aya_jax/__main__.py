@@ -9,7 +9,7 @@ from tiny_aya_jax import run
 # verb: (module with main(config, workdir), what it does)
 VERBS = dict(
     clean=("tiny_aya_jax.data.clean", "raw text -> identified, filtered, deduplicated; a report"),
-    vocab=("tiny_aya_jax.data.vocab", "weighted text -> SentencePiece model and tokenizer.json"),
+    vocab=("tiny_aya_jax.data.vocab", "weighted text -> SentencePiece model, tokenizer.json, fairness report"),
     pack=("tiny_aya_jax.data.pack", "documents or conversations -> rows of T+1 tokens, manifest"),
     train=("tiny_aya_jax.train.door", "rows -> checkpoints: pretraining, cooldown and SFT alike"),
     evaluate=("tiny_aya_jax.evaluate.evaluate", "checkpoints -> bits per byte per language, a page"),

@@ -316,8 +316,8 @@ def read_manifests(folder):
   folder = pathlib.Path(local(folder, "packed rows"))
   if hidden := unfinished(folder):
     raise run.Refused(
-        f"{folder} is not whole: {len(hidden)} sources are still to be packed, such as {hidden[0]}: "
-        f"run pack again, or remove {folder / '*' / HIDDEN.format('*')} if their text is not wanted"
+        f"{folder} is not whole: {len(hidden)} sources are still to be packed, such as "
+        f"{hidden[0]}: run pack again, or remove {folder / '*' / HIDDEN.format('*')} if their text is not wanted"
     )
   found = sorted(path.parent for path in folder.glob("*/*/manifest.json"))
   manifests = [read_manifest(path) for path in found]

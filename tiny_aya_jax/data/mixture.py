@@ -185,7 +185,8 @@ def check(plan, what):
     refuse(f"a source is listed twice among {len(names)}")
   starts = []
   for segment in plan["segments"]:
-    if not isinstance(segment, dict) or not {"start_row", "thresholds", "offsets"} <= segment.keys():
+    needed = {"start_row", "thresholds", "offsets"}
+    if not isinstance(segment, dict) or not needed <= segment.keys():
       refuse(f"a segment is {segment!r:.60}, expected start_row, thresholds and offsets")
     ends, offsets = segment["thresholds"], segment["offsets"]
     if not isinstance(ends, list) or not isinstance(offsets, list):

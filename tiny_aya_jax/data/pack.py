@@ -75,7 +75,7 @@ _Job = collections.namedtuple("_Job", "code source paths folder inputs")
 
 
 def _say_others(stage, jobs):
-  """Names the sources that the stage holds and this call was not asked for; False if it is not whole."""
+  """Names the sources of the stage that this call was not asked for; False if it is not whole."""
   ours = {(job.code, job.source) for job in jobs}
   found = sorted(path.parts[-3:-1] for path in stage.glob("*/*/manifest.json"))
   others = ["/".join(place) for place in found if place not in ours]
@@ -86,8 +86,8 @@ def _say_others(stage, jobs):
     )
   unfinished = loader.unfinished(stage)
   if unfinished:
-    run.say(f"{stage} is not whole: {', '.join(map(str, unfinished))} of another call are still to be "
-            "packed; remove what is not wanted any more")
+    run.say(f"{stage} is not whole: {', '.join(map(str, unfinished))} of another call are still to "
+            "be packed; remove what is not wanted any more")
   return not unfinished
 
 
