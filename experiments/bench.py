@@ -55,7 +55,7 @@ def get_config(variant="train_step"):
 def loader():
   c = ml_collections.ConfigDict()
   c.bench = "loader"
-  c.against = ("grain", "datasets")  # those of them that are installed
+  c.against = ("grain", "datasets", "datasets lists")  # those of them that are installed
   c.T = 8192
   c.rows = 32  # of each of 210 sources: 55M tokens at T 8192, half a minute to write
   c.batch = 16

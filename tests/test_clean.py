@@ -298,6 +298,42 @@ def test_a_document_of_ten_megabytes_passes(tmp_path):
   assert [len(record["text"]) for record in kept["swh_Latn"]] == [3_000_000, len(documents[0]) + 2]
 
 
+def dataset(folder, **subsets):
+  """A dataset as the Hub has them: a folder of parquet files with a subset a language."""
+  from pyarrow import Table, parquet
+
+  folder.mkdir()
+  card = ["---", "configs:"]
+  for subset, (field, documents) in subsets.items():
+    (folder / subset).mkdir()
+    for part in range(3):
+      rows = Table.from_pydict({field: documents[part::3]})
+      parquet.write_table(rows, folder / subset / f"{part}.parquet")
+    card += [f"- config_name: {subset}", f'  data_files: "{subset}/*.parquet"']
+  (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+  return f"hf://{folder}"
+
+
+def test_a_hugging_face_dataset_is_streamed_by_subset(tmp_path, capsys):
+  pytest.importorskip("datasets", reason="pip install datasets")
+  french, chinese = some("fra_Latn", 31), some("cmn_Hans", 20) + some("cmn_Hant", 20)
+  name = dataset(tmp_path / "set", fra_Latn=("text", [*french, "", None]),
+                 cmn_Hani=("text", chinese))
+  record, kept = cleaned(name, tmp_path / "w", hf__tasks=2, deduplicate=False)
+  assert sorted(one["text"] for one in kept["fra_Latn"]) == sorted(french)
+  assert reasons(record, "fra_Latn") == {"empty": 2} and "fra_Latn/set" in record["licences"]
+  assert sorted(one["text"] for one in kept["cmn_Hant"]) == sorted(chinese[20:])
+  assert "no text of 67 languages" in capsys.readouterr().out
+  for fields, said in ((dict(hf__field="txt"), "has no field 'txt'.*'text'"),
+                       (dict(hf__subset="fra_Latn"), "all would read the same"),
+                       (dict(hf__subset="{lang}"), "may hold {code} and {iso}"),
+                       (dict(hf__limit=0), "config.hf.limit is 0")):
+    with pytest.raises(run.Refused, match=said):
+      cleaned(name, tmp_path / "w2", overwrite=True, **fields)
+  with pytest.raises(run.Refused, match="cannot be read"):
+    cleaned(f"hf://{tmp_path}/nothing", tmp_path / "w3")
+
+
 @pytest.mark.parametrize("fields, said", [
     (dict(text="nowhere"), "does not exist"),
     (dict(languages="('Klingon',)"), "unknown language"),

@@ -197,8 +197,9 @@ def test_a_resume_counts_the_budget_of_unimax_as_the_first_start_did(data, tmp_p
   assert pretrain(data, tmp_path, "--config.steps=4", "--config.save_every=2", *rule) == 0
   shutil.rmtree(tmp_path / "checkpoints" / "4")
   assert pretrain(data, tmp_path, "--config.steps=4", *rule) == 0
-  budget = mixture.with_budget(dict(kind="unimax", epochs=0.03, languages=("all",)),
-                               saved.data(tmp_path)["plan"]["sources"], 4 * 16)["budget"]
+  whole = dict(kind="unimax", epochs=0.03, languages=("all",), within=(("instruct", 0.0),))
+  budget = mixture.with_budget(
+      whole, saved.data(tmp_path)["plan"]["sources"], 4 * 16)["budget"]
   assert pretrain(data, tmp_path, "--config.steps=6", *rule) == 65
   assert "another data.mixture" in capsys.readouterr().err
   pinned = (*rule, f"--config.data.mixture.budget={budget}")

@@ -51,7 +51,7 @@ def small(raw, **changes):
   """The tiny variant on `raw`; fields of the mixture as mixture_kind=... and so on."""
   config = run.load_config(f"{EXPERIMENT}:tiny")
   config.validation = None
-  values = dict(text=str(raw), size=600, bytes=40_000) | changes
+  values = dict(text=str(raw), size=600, bytes=40_000, plot=False) | changes
   names = {name: name.replace("mixture_", "mixture.") for name in values}
   run.override(config, {names[name]: str(value) for name, value in values.items()})
   return config

@@ -8,7 +8,6 @@ random, of 3 sources in each of 70 languages, in a temporary folder.
 
 import collections
 import importlib.metadata
-import importlib.util
 import itertools
 import os
 import pathlib
@@ -37,12 +36,13 @@ def main(config):
     if config[name] < 1:
       raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
   sides = [run.choose("side", side, SIDES) for side in config.against]
-  for side in sides:
-    if not importlib.util.find_spec(side):
-      run.say(f"{side} is not installed, so it is left out: pip install {side}")
-  sides = [side for side in sides if importlib.util.find_spec(side)]
+  packages = list(dict.fromkeys(side.partition(" ")[0] for side in sides))
+  for package in packages:
+    if not run.installed(package):
+      run.say(f"{package} is not installed, so it is left out: pip install {package}")
+  sides = [side for side in sides if run.installed(side.partition(" ")[0])]
   versions = [f"{name} {importlib.metadata.version(name)}"
-              for name in ("numpy", "grain", *(side for side in sides if side != "grain"))]
+              for name in dict.fromkeys(("numpy", "grain", *filter(run.installed, packages)))]
   run.say(f"python {platform.python_version()}, {', '.join(versions)}")
   with tempfile.TemporaryDirectory(prefix="bench_loader_") as folder:
     plan = _plan(config, pathlib.Path(folder))
@@ -158,6 +158,37 @@ def _grain(plan, config, folder):
 
 def _datasets(plan, config, folder):
   """interleave_datasets of streamed parquet files: one binary column, the same records."""
+  def columns(manifest):
+    return dict(row=list(loader.in_order(manifest)))
+
+  mixed = _interleaved(plan, folder / "binary", columns)
+  records = (example["row"] for example in mixed)
+  while True:
+    yield _decoded(list(itertools.islice(records, config.batch)), config)
+
+
+def _datasets_lists(plan, config, folder):
+  """The same with a list of numbers a field, as a tokenised dataset is usually stored."""
+  names = [name for name, _ in loader.FIELDS]
+
+  def columns(manifest):
+    rows = [np.split(np.frombuffer(record, np.uint8), [4 * (config.T + 1), 6 * (config.T + 1)])
+            for record in loader.in_order(manifest)]
+    return {name: [row[field].view(kind) for row in rows]
+            for field, (name, kind) in enumerate(loader.FIELDS)}
+
+  mixed = _interleaved(plan, folder / "lists", columns, "numpy")
+  while True:
+    rows = list(itertools.islice(mixed, config.batch))
+    token, segment, weight = (np.stack([row[name] for row in rows]) for name in names)
+    segment_BT = segment[:, :-1].astype(np.int32)
+    yield dict(token_BT=token[:, :-1].astype(np.int32), target_BT=token[:, 1:].astype(np.int32),
+               segment_BT=segment_BT, position_BT=loader.positions(segment_BT),
+               weight_BT=weight[:, 1:].astype(np.float32))
+
+
+def _interleaved(plan, folder, columns, kind=None):
+  """Examples without end of parquet files, one a source, drawn in the plan's shares."""
   os.environ |= dict(HF_HOME=str(folder / "hub"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
   import datasets
   import pyarrow
@@ -165,21 +196,21 @@ def _datasets(plan, config, folder):
 
   datasets.disable_progress_bars()
   sources = []
+  folder.mkdir()
   for index, manifest in enumerate(loader.planned(plan)):
     path = folder / f"{index}.parquet"
-    parquet.write_table(pyarrow.table(dict(row=list(loader.in_order(manifest)))), path)
+    parquet.write_table(pyarrow.table(columns(manifest)), path)
     sources.append(datasets.load_dataset(
         "parquet", data_files=str(path), split="train", streaming=True))
   width = np.array(list(mixture.drawn(plan).values()))
   mixed = datasets.interleave_datasets(
       sources, list(width / width.sum()), seed=SEED, stopping_strategy="all_exhausted")
-  records = (example["row"] for example in itertools.chain.from_iterable(itertools.repeat(mixed)))
-  while True:
-    yield _decoded(list(itertools.islice(records, config.batch)), config)
+  return itertools.chain.from_iterable(itertools.repeat(mixed.with_format(kind)))
 
 
 def _decoded(records, config):
   return loader.decoded(records, np.zeros(config.batch, np.int32), config.T)
 
 
-SIDES = dict(grain=_grain, datasets=_datasets)  # by the package they need
+# By name, which begins with the package they need.
+SIDES = {"grain": _grain, "datasets": _datasets, "datasets lists": _datasets_lists}

@@ -262,13 +262,13 @@ def decoded(records, source_B, T):
       token_BT=token[:, :T],
       target_BT=token[:, 1:],
       segment_BT=segment_BT,
-      position_BT=_positions(segment_BT),
+      position_BT=positions(segment_BT),
       weight_BT=weight_BT,
       source_B=source_B.astype(np.int32),
   )
 
 
-def _positions(segment_BT):
+def positions(segment_BT):
   """[[1, 1, 2, 2, 2, 0]] -> [[0, 1, 0, 1, 2, 0]]: each segment counts from 0."""
   begins_BT = np.ones(segment_BT.shape, bool)
   np.not_equal(segment_BT[:, 1:], segment_BT[:, :-1], out=begins_BT[:, 1:])
