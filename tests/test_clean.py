@@ -19,6 +19,8 @@ from tiny_aya_jax.data import text, toy
 
 pytest.importorskip("datatrove", reason="the data extra; launch/check.sh installs it")
 
+from datatrove.data import Document
+
 from tiny_aya_jax.data import clean, filters, identify
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -481,6 +483,23 @@ def test_like_documents_have_like_signatures_of_any_length():
   assert alike(one, one.upper()) == 1 and alike(one, other) < len(a) / len(b)
   assert len(step.get_shingles("ab")) == 1 and signature("ab") != signature("abc")
   assert max(signature(mixed)) < 2**61
+
+
+@pytest.mark.parametrize("code", ["fra_Latn", "tha_Thai"])
+@pytest.mark.parametrize("scale", [1, 0.3, 0.05])
+def test_what_spares_counting_n_grams_never_changes_the_answer(code, scale):
+  script = languages.find(code).script
+  options = dict(top_n_grams=[(n, 0.4 * scale) for n in (2, 3, 4)],
+                 dup_n_grams=[(n, 0.7 * scale) for n in range(5, 11)],
+                 language=filters.Words(script))
+  theirs = filters.GopherRepetitionFilter(**options)
+  ours = filters.Repetition(0, **options)
+  documents = some(code, 20)
+  documents += [one[:150] * 5 for one in documents] + [" ".join(documents)]
+  answers = [(theirs.filter(Document(one, "")), ours.filter(Document(one, "")))
+             for one in documents]
+  assert all(one == other for one, other in answers)
+  assert len({str(one) for one, _ in answers}) > 1
 
 
 # --- identify -----------------------------------------------------------------------------------

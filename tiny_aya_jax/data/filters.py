@@ -8,6 +8,7 @@ vowel signs), and "word" means little in a third of the scripts.
 A step counts what it drops, and keeps samples of it, in a `Dropped`; the report adds those up.
 """
 
+import collections
 import functools
 import gzip
 import hashlib
@@ -300,16 +301,31 @@ def heuristics(script, settings, dropped):
 
 
 class Repetition(GopherRepetitionFilter):
-  """Shares of repeated n-grams say nothing about a few words: those documents pass."""
+  """Shares of repeated n-grams say nothing about a few words: those documents pass.
+
+  n-grams, most of datatrove's time, are counted only where a bound from the words alone does not
+  settle it. The first of each distinct word is no part of a repeated n-gram, so those hold at most
+  the rest. And an n-gram is no more frequent than any of its words, so that n times the most that
+  one word takes up, with its space, bounds what the top n-gram does.
+  """
 
   def __init__(self, least_words, **options):
     super().__init__(**options)
     self.least_words = least_words
+    self.shares = dict(top=self.top_n_grams, dup=self.dup_n_grams)
 
   def filter(self, document):
     script = self.language.language
-    least = self.least_words * (CHARACTERS_A_WORD if script in identify.UNSPACED else 1)
-    return len(identify.words(document.text, script)) < least or super().filter(document)
+    words = identify.words(document.text, script)
+    if len(words) < self.least_words * (CHARACTERS_A_WORD if script in identify.UNSPACED else 1):
+      return True
+    count = collections.Counter(words)
+    rest = sum(len(word) * (times - 1) for word, times in count.items())
+    most = max((len(word) + 1) * times for word, times in count.items())
+    size = len(document.text)
+    self.top_n_grams = [(n, share) for n, share in self.shares["top"] if n * most > share * size]
+    self.dup_n_grams = [(n, share) for n, share in self.shares["dup"] if rest > share * size]
+    return super().filter(document)
 
 
 class Classify(BaseFilter):
