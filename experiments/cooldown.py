@@ -7,8 +7,8 @@
 The report cools 40B of 200B tokens in its ablations (2.2), with the best data up-sampled and
 instruction-style data in all 70 languages; its shares are unpublished. Here both are sources of
 the train stage, by name: TEXT/<code>/high is what you hold to be the best of a language (pack it
-with the rest), TEXT/<code>/instruct conversations (a second pack with packing=best_fit); a language
-without one keeps its other text. Each source goes on where the trunk's counter stood: nothing is
+with the rest), TEXT/<code>/instruct conversations (a second pack with packing=best_fit). A language
+without one keeps its other text; one that no language has is refused: take it out of `within`. Each source goes on where the trunk's counter stood: nothing is
 repeated before its rows are exhausted. Expected of tiny: 0.1 to 0.3 bits per byte below the trunk.
 """
 

@@ -285,6 +285,29 @@ def test_the_table_adds_up_and_warns_above_four_epochs():
   assert not any("warning" in line for line in mixture.table(plan, 60))
 
 
+def test_epochs_over_stages_add_up_and_a_cap_is_a_stage_s_own():
+  sources = [source("deu_Latn/a", 1000), source("fra_Latn/a", 30), source("fra_Latn/instruct", 9)]
+  even = {**ALL, "temperature": 1e9, "within": (("instruct", 0.0),)}
+  plan = mixture.append(mixture.plan(sources, even), 150, even)
+  assert not any("warning" in line for line in mixture.table(plan, 150))
+  lines = mixture.table(plan, 300)
+  assert "warning: more than 4 epochs of 1 sources: fra_Latn/a 5.0" in lines
+  assert "sources left out: instruct of 1 languages" in lines
+  capped = mixture.with_budget(dict(kind="unimax", epochs=1.0, languages=("all",),
+                                    within=(("instruct", 0.0),)), sources, 100)
+  plan = mixture.append(mixture.plan(sources, capped), 100, capped)
+  assert not any("warning" in line for line in mixture.table(plan, 100))
+  assert "warning: more than 1 epochs of 1 sources: fra_Latn/a 2.0" in mixture.table(plan, 200)
+
+
+def test_after_another_batch_the_table_counts_the_rows_that_were_read():
+  sources = [source("deu_Latn/a", 1000), source("fra_Latn/a", 30)]
+  plan = mixture.append(mixture.plan(sources, ALL), 640, ALL)
+  moved = plan["segments"][1] | dict(start_row=320)  # 40 steps of 16 rows, from now on of 8
+  lines = mixture.table(plan | dict(segments=[plan["segments"][0], moved]), 640)
+  assert lines[1].split()[:2] == ["960", "rows"]
+
+
 def test_the_table_names_what_is_asked_for_without_rows_left_out_or_never_reached():
   sources = [source("deu_Latn/a", 10**6), source("code/a", 50), source("swh_Latn/a", 50),
              source("wol_Latn/a", 50)]

@@ -35,6 +35,33 @@ def by_language(share):
   return found
 
 
+def test_a_language_has_its_own_factor_even_if_it_is_all_there_is_of_its_region():
+  sizes = {"yor_Latn": 50, "deu_Latn": 50}
+  keep = (("Africa", 1.0), ("yor_Latn", 3.0), ("Europe", 1.0))
+  assert mixture.weights(sizes, NATURAL | dict(keep=keep)) == {"yor_Latn": 0.75, "deu_Latn": 0.25}
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=lambda rule: rule["kind"])
+def test_a_checked_rule_is_the_same_rule(rule):
+  checked = rules.checked(rule)
+  assert rules.checked(checked) == checked and rules.words(checked) == rules.words(rule)
+  assert rules.words(ALL).count("temperature") == 2 and "alpha" not in rules.words(ALL)
+
+
+@pytest.mark.parametrize("rule, said", [
+    (ALL | dict(within=(("a", 0.0), ("b", 0.0))), "there is nothing else"),
+    (dict(kind="explicit", weights=(("deu_Latn/a", 1.0),), within=(("a", 0.0),)),
+     "leave it out of within"),
+    (NATURAL | dict(temperature=1e-4), "too small for a double"),
+    (dict(kind="buckets", alpha=1.0, by="genus", reading="B", bucket_temperature=1e-4,
+          languages=("all",)), "too small for a double"),
+])
+def test_what_would_leave_nothing_is_refused(rule, said):
+  sizes = {"deu_Latn/a": 30, "deu_Latn/b": 10, "fra_Latn/a": 60}
+  with pytest.raises(run.Refused, match=said):
+    mixture.weights(sizes, rule)
+
+
 def test_temperature_one_is_proportional_and_a_high_one_is_uniform():
   sizes = {"deu_Latn/a": 900, "deu_Latn/b": 100, "fra_Latn/a": 10}
   proportional = mixture.weights(sizes, NATURAL)

@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import time
 
 import ml_collections
 import pytest
@@ -169,6 +170,19 @@ def test_every_experiment_says_its_command_and_what_to_expect():
   for path in EXPERIMENTS:
     text = path.read_text(encoding="utf-8")
     assert "--config=experiments/" + path.name in text.split('"""')[1], path
+
+
+def test_a_worker_ends_with_its_parent():
+  worker = "from tiny_aya_jax import run; run.end_with(); import time; time.sleep(60)"
+  parent = (f"import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {worker!r}]);"
+            "print(child.pid, flush=True); time.sleep(2); import os; os.kill(os.getpid(), 9)")
+  done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True,
+                        check=False, timeout=30)
+  child = pathlib.Path("/proc", done.stdout.strip())
+  deadline = time.monotonic() + 10
+  while child.exists() and "Z" not in (child / "stat").read_text().split()[2]:
+    assert time.monotonic() < deadline, "it outlived its parent"
+    time.sleep(0.1)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from tiny_aya_jax import __main__, axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.train import checkpoint, door, metrics, optimizer, saved, train
+from tiny_aya_jax.train import begin, checkpoint, door, metrics, optimizer, saved, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 T = 32
@@ -207,6 +207,17 @@ def test_a_resume_counts_the_budget_of_unimax_as_the_first_start_did(data, tmp_p
   more = ("--config.steps=8", "--config.data.accept_change=True")
   assert pretrain(data, tmp_path, *more, *rule) == 0
   assert len(saved.data(tmp_path)["plan"]["segments"]) == 2
+
+
+def test_a_budget_counts_from_where_the_mixture_begins():
+  config = run.load_config(str(ROOT / "experiments" / "pretrain.py") + ":tiny")
+  config.data.mixture.update(kind="unimax", epochs=1.0)
+  sources = [dict(name=f"{code}/a", rows=rows, tokens=100 * rows)
+             for code, rows in (("deu_Latn", 1000), ("fra_Latn", 100))]
+  whole = begin.rule(config, sources)["budget"]
+  assert whole == config.steps * config.data.batch * 100
+  late = begin.rule(config, sources, 10, (10 + config.steps - 2) * config.data.batch)
+  assert late["budget"] == 2 * config.data.batch * 100
 
 
 def test_a_wrong_mixture_is_refused_at_the_door(data, tmp_path, capsys):

@@ -438,6 +438,25 @@ def test_another_question_makes_the_report_again_and_trains_nothing(raw, beside,
   assert "fairness.json: up to date" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("lost", ["fairness.html", "fairness.svg"])
+def test_a_report_that_lost_a_part_is_made_again(raw, trained, tmp_path, lost):
+  pytest.importorskip("matplotlib", reason="the report extra")
+  shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+  vocab.main(small(raw, plot=True), tmp_path)
+  whole = (tmp_path / lost).read_bytes()
+  (tmp_path / lost).unlink()
+  vocab.main(small(raw, plot=True), tmp_path)
+  assert (tmp_path / lost).read_bytes() == whole
+
+
+def test_a_vocabulary_trained_anew_by_another_rule_has_a_report_of_its_own(raw, trained, tmp_path):
+  shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+  record = read(tmp_path / "vocab.json")  # as a call leaves it that is killed before the report
+  run.write_json(tmp_path / "vocab.json", record | dict(rule="temperature: another"))
+  vocab.main(small(raw), tmp_path)
+  assert read(tmp_path / "fairness.json")["rules"]["chosen"] == "temperature: another"
+
+
 def test_other_held_out_text_makes_the_report_again(raw, held_out, trained, tmp_path):
   shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
   vocab.main(small(raw, validation=str(held_out)), tmp_path)

@@ -16,6 +16,7 @@ import heapq
 import importlib
 import json
 import math
+import multiprocessing
 import numbers
 import os
 import pathlib
@@ -598,4 +599,6 @@ class Local(LocalPipelineExecutor):
 
   def _run_for_rank(self, rank, local_rank=0, node_rank=-1):
     logger.disable("datatrove")  # in the task's process
+    if multiprocessing.parent_process():
+      run.end_with()
     return super()._run_for_rank(rank, local_rank, node_rank)

@@ -16,6 +16,7 @@ skips and repeats nothing.
 """
 
 import bisect
+import collections
 import functools
 import math
 
@@ -77,6 +78,7 @@ def append(plan, start_row, rule, sources=None):
       start_row=int(start_row),
       rule=rules.words(rule),
       asked=sorted(rules.asked(rule)),
+      epochs=rule.get("epochs"),
       unit=unit,
       weights=[round(share.get(source["name"], 0.0), 12) for source in merged],
       thresholds=_thresholds(merged, share, unit),
@@ -180,6 +182,9 @@ def check(plan, what):
   for source in plan["sources"]:
     if not isinstance(source, dict) or not set(_SOURCE_FIELDS) <= source.keys():
       refuse(f"a source is {source!r:.60}, expected {', '.join(_SOURCE_FIELDS)}")
+    amounts = [source[key] for key in ("rows", "tokens", "bytes") if key in source]
+    if not all(isinstance(amount, int) and amount > 0 for amount in amounts):
+      refuse(f"source {source['name']!r} has {amounts} rows, tokens and bytes")
   names = [source["name"] for source in plan["sources"]]
   if len(set(names)) < len(names):
     refuse(f"a source is listed twice among {len(names)}")
@@ -193,6 +198,10 @@ def check(plan, what):
       refuse(f"thresholds {ends!r:.40} and offsets {offsets!r:.40} are no lists")
     if not all(isinstance(x, int) and x >= 0 for x in (segment["start_row"], *ends, *offsets)):
       refuse("start_row, thresholds and offsets are whole numbers of at least 0")
+    said = [(segment.get("rule", ""), str), (segment.get("asked", []), list)]
+    if not all(isinstance(value, kind) for value, kind in said) or (
+        segment.get("unit", "tokens") not in rules.UNITS):
+      refuse(f"a segment's rule, asked and unit are {said!r:.60}, {segment.get('unit')!r}")
     if len(ends) != len(offsets) or not 0 < len(ends) <= len(plan["sources"]):
       refuse(f"a segment has {len(ends)} thresholds and {len(offsets)} offsets for "
              f"{len(plan['sources'])} sources")
@@ -337,7 +346,7 @@ def table(plan, rows):
     unit = "tokens"  # sources of an earlier version's plan, which counted nothing else
   lines = [f"mixture {segment.get('rule', 'of an earlier version, which wrote down no rule')}"]
   stage = f"{' in all':14} {rows - start:>14,} rows of this stage" if start else ""
-  lines.append(f"{'':12} {rows:>12,} rows{stage}")
+  lines.append(f"{'':12} {sum(drawn.values()):>12,} rows{stage}")
   lines += _lines("language", taking, columns, unit, lambda code: code)
   lines += _lines("region", taking, columns, unit, _region)
   return lines + _remarks(plan, segment, taking, drawn, columns[-1])
@@ -372,13 +381,18 @@ def _remarks(plan, segment, taking, drawn, stage):
   have = {source["language"] for source in plan["sources"]}
   takes = {source["language"] for source in taking if width[source["name"]]}
   read = {source["language"] for source in taking if stage[source["name"]]}
+  most = min(MOST_EPOCHS, segment.get("epochs") or MOST_EPOCHS)  # a cap holds of a stage alone
   worn = [
       f"{source['name']} {drawn[source['name']] / source['rows']:.1f}"
       for source in taking
-      if drawn[source["name"]] > MOST_EPOCHS * source["rows"]
+      if drawn[source["name"]] > most * source["rows"] + 1  # a row may be rounded up
   ]
+  spared = collections.Counter(
+      source["name"].partition("/")[2] for source in plan["sources"]
+      if source["language"] in takes and not width[source["name"]])
   remarks = {
-      f"warning: more than {MOST_EPOCHS} epochs of {len(worn)} sources": worn,
+      f"warning: more than {most:g} epochs of {len(worn)} sources": worn,
+      "sources left out": [f"{name} of {count} languages" for name, count in spared.items()],
       "less than one row, although the mixture draws from them": sorted(takes - read),
       "asked for, but without rows": sorted(set(segment.get("asked", ())) - have),
       "with rows, but left out by the mixture": sorted(have - takes),

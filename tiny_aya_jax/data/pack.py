@@ -164,7 +164,7 @@ def _pack_all(jobs, config):
     return
   # 'spawn': a forked child would inherit the progress bar's thread and its locks.
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(config.processes, context) as pool:
+  with concurrent.futures.ProcessPoolExecutor(config.processes, context, run.end_with) as pool:
     futures = [pool.submit(pack_source, *argument) for argument in arguments]
     try:
       finished = concurrent.futures.as_completed(futures)

@@ -29,7 +29,8 @@ What every kind reads, applied in this order after the rule:
                              they share as the pairs do. 0 leaves the source out, and its size too
   unit    tokens or bytes: what sizes, shares and budget count
 
-After unimax they may lift a language above `epochs`: mixture.table says what is drawn.
+After unimax they may lift a language above `epochs`, and the cap holds of a stage, not of what
+earlier ones drew: mixture.table says what is drawn in all, and warns of who is above it.
 """
 
 import math
@@ -82,8 +83,12 @@ def weights(sizes, rule):
       raise run.Refused(f"source {name!r} has {size} tokens or bytes: leave it out of the mixture")
   rule = checked(rule)
   own = set(READS[rule["kind"]]) - {"languages", "temperature"}  # _available and _alpha read them
+  _check_left_out(sizes, rule)
   share = RULES[rule["kind"]](_available(sizes, rule), **{field: rule[field] for field in own})
-  share = _total({name: part for name, part in share.items() if part}, 1)
+  if lost := sorted({_code(name) for name, part in share.items() if not part}):
+    raise run.Refused(f"the shares of {', '.join(lost)} are too small for a double: leave them out "
+                      "of the mixture, or raise its temperature")
+  share = _total(share, 1)
   share = _kept(share, rule["keep"])
   share = _fixed(share, rule["fixed"])
   share = _floored(share, rule["floor"], rule["fixed"])
@@ -91,10 +96,22 @@ def weights(sizes, rule):
   return {name: share[name] for name in sizes if share.get(name)}
 
 
+def _check_left_out(sizes, rule):
+  """Refuses a rule whose `within` of share 0 takes away all, or what its weights name."""
+  left_out = {source for source, share in rule["within"] if not share}
+  if left_out and all(_source(name) in left_out for name in sizes):
+    raise run.Refused(f"mixture within gives {', '.join(sorted(left_out))} the share 0, and there "
+                      "is nothing else: set --config.data.mixture.within='()'")
+  for name, _ in rule.get("weights", ()):
+    if _source(name) in left_out:
+      raise run.Refused(f"mixture weights name {name!r}, and within gives its source the share 0: "
+                        "leave it out of within")
+
+
 def checked(rule):
   """The rule with every field it reads, absent ones None or (), pairs as tuples; refuses others.
 
-  `alpha` is the exponent, and `temperature` stays only if it was given in alpha's place.
+  `alpha` is the exponent; `temperature` stays if it says the same.
   """
   rule = {field: tuple(value) if isinstance(value, list) else value
           for field, value in rule.items()}
@@ -104,8 +121,10 @@ def checked(rule):
   if "languages" in found:
     languages.select(found["languages"])  # refuses an unknown name
   if "alpha" in found:
-    found |= dict(alpha=_alpha(kind, found),
-                  temperature=found["temperature"] if found["alpha"] is None else None)
+    alpha = _alpha(kind, found)
+    if found["temperature"] is not None and alpha != 1 / found["temperature"]:
+      found["temperature"] = None
+    found["alpha"] = alpha
   # Shares of sizes alone have no unit; of rows, tokens are the house's.
   unit = run.choose("mixture unit", found["unit"] or "tokens", UNITS)
   return found | dict(kind=kind, unit=unit)
@@ -230,11 +249,13 @@ def _buckets(sizes, alpha, by, reading, bucket_temperature):
   members = {}
   for code in natural:
     members.setdefault(bucket(_LANGUAGES[code]) if code in _LANGUAGES else code, []).append(code)
+  # Of the largest bucket, so that its power is 1.
+  most = max(math.fsum(natural[code] for code in codes) for codes in members.values())
   share = {}
   for codes in members.values():
     mass = math.fsum(natural[code] for code in codes)
     for code in codes:
-      one = natural[code] if reading == "A" else mass ** (1 / bucket_temperature)
+      one = natural[code] if reading == "A" else (mass / most) ** (1 / bucket_temperature)
       share[code] = one / len(codes)
   return _inside(sizes, share)
 
@@ -281,13 +302,14 @@ def present(names, codes):
 def _kept(share, pairs):
   if not pairs:
     return share
-  groups = [(present([name], map(_code, share)), name, factor) for name, factor in pairs]
+  here = {_code(name) for name in share}
+  groups = [(len(languages.expand(name)), name, factor) for name, factor in pairs]
   factor, width = {}, {}
-  for codes, name, number in sorted(groups, key=lambda group: -len(group[0])):  # the narrowest last
-    for code in codes:
-      if width.get(code) == len(codes):
+  for many, name, number in sorted(groups, key=lambda group: -group[0]):  # the narrowest last
+    for code in present([name], here):
+      if width.get(code) == many:
         raise run.Refused(f"mixture keep names {code} twice, once as {name!r}")
-      factor[code], width[code] = number, len(codes)
+      factor[code], width[code] = number, many
   kept = {name: part * factor.get(_code(name), 0) for name, part in share.items()}
   kept = {name: part for name, part in kept.items() if part}
   if not kept:
@@ -373,6 +395,9 @@ def _of(share, codes):
 def _total(share, total):
   """The same proportions with the sum `total`."""
   now = math.fsum(share.values())
+  if not now > 0:
+    raise run.Refused(f"the mixture's shares of {', '.join(sorted(share))} are too small for a "
+                      "double: use less extreme factors and temperatures")
   return {name: total * part / now for name, part in share.items()}
 
 

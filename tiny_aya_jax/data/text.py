@@ -146,7 +146,9 @@ def licence(source, code, name):
   path = pathlib.Path(source) / CLEANED
   if _embedded(source) or not path.is_file():
     return None
-  return run.read_json(path, "clean's report").get("licences", {}).get(f"{code}/{name}")
+  licences = run.read_json(path, "clean's report").get("licences")
+  found = licences.get(f"{code}/{name}") if isinstance(licences, dict) else None
+  return found if isinstance(found, str) else None
 
 
 def fingerprint(source, paths):

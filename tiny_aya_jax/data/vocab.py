@@ -140,6 +140,9 @@ def _rule(config, rule=None):
   rule = dict(rule or config.mixture, languages=tuple(config.languages), unit="bytes")
   if rule["kind"] == "unimax":
     rule |= dict(budget=config.bytes)
+  if rule["kind"] == "explicit" and rule.pop("languages") != ("all",):
+    raise run.Refused(f"config.languages is {tuple(config.languages)}, and a mixture of the kind "
+                      "explicit names its own: leave it ('all',)")
   if rule["kind"] != "buckets":  # whose fields the config sets, and a command line cannot unset
     rule |= dict(by=None, reading=None)
   return rules.checked(rule)
@@ -186,7 +189,7 @@ def _done(job, overwrite):
   record = run.read_json(job.folder / "vocab.json", "earlier result")
   model = job.folder / "tokenizer.model"
   there = model.is_file() and (job.folder / "tokenizer.json").is_file()
-  return there and run.sha256(model) == record["sha256"]
+  return there and run.sha256(model) == record.get("sha256")
 
 
 def _train_all(config, sources, jobs):
@@ -202,7 +205,7 @@ def _train_all(config, sources, jobs):
     return
   # 'spawn': a forked child would inherit the progress bar's thread and its locks.
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(config.processes, context) as pool:
+  with concurrent.futures.ProcessPoolExecutor(config.processes, context, run.end_with) as pool:
     futures = [
         pool.submit(_train_one, job, config, sources, have, want) for job, want in zip(jobs, wants)
     ]
@@ -464,16 +467,20 @@ def _report(config, workdir, sources, paths):
   """
   folder = config.validation or config.text
   columns = {name: tokenizers.load(path) for name, path in paths.items()}
+  made = {} if config.tokenizer else {
+      name: run.read_json(path / "vocab.json", "vocabulary") for name, path in paths.items()
+  }
   inputs = run.fingerprint([
       {name: tokenizer.sha256 for name, tokenizer in columns.items()},
-      [bool(config.validation), config.plot, _text_fingerprint(folder, sources)],
+      {name: [vocabulary["rule"], vocabulary["languages"]] for name, vocabulary in made.items()},
+      [bool(config.validation), config.plot, str(folder), _text_fingerprint(folder, sources)],
   ])  # fmt: skip
   record = workdir / "fairness.json"
-  if _same_report(record, inputs) and not config.overwrite:
+  if _same_report(config, workdir, inputs) and not config.overwrite:
     run.say(f"{record}: up to date")
     return
   record.unlink(missing_ok=True)
-  result = dict(inputs=inputs, **_measured(config, folder, sources, columns, paths))
+  result = dict(inputs=inputs, **_measured(config, folder, sources, columns, paths, made))
   workdir.mkdir(parents=True, exist_ok=True)
   picture = workdir / "fairness.svg"
   picture.unlink(missing_ok=True)
@@ -487,15 +494,18 @@ def _report(config, workdir, sources, paths):
   run.say(f"page: {workdir / 'fairness.html'}")
 
 
-def _same_report(record, inputs):
-  return record.exists() and run.read_json(record, "earlier report").get("inputs") == inputs
+def _same_report(config, workdir, inputs):
+  kinds = ("json", "html", "svg") if config.plot else ("json", "html")
+  if not all((workdir / f"fairness.{kind}").is_file() for kind in kinds):
+    return False
+  return run.read_json(workdir / "fairness.json", "earlier report").get("inputs") == inputs
 
 
-def _measured(config, folder, sources, columns, paths):
-  """The result of fairness.measure, with what it was measured on and the rules in words."""
-  made = {} if config.tokenizer else {
-      name: run.read_json(path / "vocab.json", "vocabulary") for name, path in paths.items()
-  }
+def _measured(config, folder, sources, columns, paths, made):
+  """The result of fairness.measure, with what it was measured on and the rules in words.
+
+  made: {column: its vocab.json} of those that were trained.
+  """
   sampled = {name: _shares(record) for name, record in made.items()}
   lines = _batches(folder, sources) if config.validation else _slices(folder, sources)
   result = fairness.measure(columns, lines, sampled)

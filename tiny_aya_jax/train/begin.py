@@ -61,7 +61,8 @@ def _resume(config, workdir, plan, tokenizer):
   origin = _origin_now(config, meta)
   if origin != meta.get("origin"):
     changes.append(f"{config.init_from}, trained anew since")
-  wanted = _follow(config, data, plan)
+  began = data["plan"]["segments"][-1]["start_row"]
+  wanted = _follow(config, data, plan, meta["start"], began)
   if config.data.plan:
     if mixture.plan_sha256(plan) != data["plan_sha256"]:
       changes.append("data.plan")
@@ -76,7 +77,9 @@ def _resume(config, workdir, plan, tokenizer):
   if config.data.plan:
     followed = plan
   elif changes:
-    followed = _continue(wanted, data, config.data.batch)
+    here = meta["step"] * config.data.batch
+    followed = _continue(
+        _follow(config, data, plan, meta["start"], here), data, config.data.batch)
   said = [f"resumed from {path}"]
   said += [f"left out, because it is incomplete: {folder}" for folder in saved.incomplete(workdir)]
   said += [f"accepted change: {'; '.join(changes)}"] if changes else []
@@ -97,7 +100,7 @@ def _fork(config, plan, tokenizer):
         f"{config.data.seed}: rows would come twice; give the trunk's, or accept it with "
         "--config.data.accept_change=True"
     )
-  forked = _follow(config, data, plan)
+  forked = _follow(config, data, plan, meta["step"], meta["step"] * config.data.batch)
   if not config.data.plan:
     forked = _continue(forked, data, config.data.batch)
   return Begin(
@@ -106,9 +109,10 @@ def _fork(config, plan, tokenizer):
   )
 
 
-def _follow(config, data, plan):
+def _follow(config, data, plan, start, start_row):
   """The checkpoint's plan, and from its row on this run's mixture.
 
+  start: the step at which the run began; start_row: the row from which its mixture's budget counts.
   A plan file is taken as it is, if it has the same counters at the checkpoint's row.
   """
   row = data["step"] * data["batch"]
@@ -121,13 +125,15 @@ def _follow(config, data, plan):
     if data["batch"] != config.data.batch:
       raise run.Refused("with config.data.plan the batch cannot change: rows would be skipped")
     return plan
-  return mixture.append(data["plan"], row, rule(config, plan["sources"]), plan["sources"])
+  followed = rule(config, plan["sources"], start, start_row)
+  return mixture.append(data["plan"], row, followed, plan["sources"])
 
 
-def rule(config, sources):
-  """config.data.mixture; a budget that it reads and leaves unset is what this run's rows hold."""
-  rows = config.steps * config.data.batch
-  return mixture.with_budget(config.data.mixture.to_dict(), sources, rows)
+def rule(config, sources, start=0, start_row=0):
+  """config.data.mixture; a budget that it reads and leaves unset is what the rows hold from
+  `start_row` to the end of a run that began at step `start`."""
+  rows = (start + config.steps) * config.data.batch - start_row
+  return mixture.with_budget(config.data.mixture.to_dict(), sources, max(rows, 1))
 
 
 def _drawn(plan, row):

@@ -75,6 +75,7 @@ def plan(config, manifests):
     given["sources"] = [source | dict(path=places.get(source["name"], source["path"]))
                         for source in given["sources"]]
     loader.planned(given)
+    run.say(f"config.data.plan is followed, {config.data.plan}: config.data.mixture is not read")
     return given
   return mixture.plan(manifests, begins.rule(config, manifests))
 
