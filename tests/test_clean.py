@@ -1,11 +1,9 @@
 """clean: what it drops and why, that it keeps the rest, and that a killed run ends the same."""
 
-import fcntl
 import gzip
 import json
 import os
 import pathlib
-import signal
 import stat
 import subprocess
 import sys
@@ -183,25 +181,51 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(tmp_path):
                  capture_output=True)
   for stage, done in (("filter", 2), ("write", 1)):
     process = subprocess.Popen(command(tmp_path / "raw", tmp_path / "killed"), cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     completions = tmp_path / "killed" / ".clean.logs" / stage / "completions"
     while not completions.is_dir() or len(list(completions.iterdir())) < done:
       assert process.poll() is None, "it was over before it could be killed"
       time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # alone: what it started ends by itself
     process.wait()
+    deadline = time.monotonic() + 20
+    while any(str(tmp_path / "killed") in command for command in commands()):
+      assert time.monotonic() < deadline, "a process outlived its call"
+      time.sleep(0.1)
     with pytest.raises(run.Refused, match="is not whole"):
       text.languages(tmp_path / "killed")
-    with open(tmp_path / "killed" / ".clean.lock", "w") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)
-      with pytest.raises(run.Refused, match="another clean is at work"):
-        cleaned(tmp_path / "raw", tmp_path / "killed")
   with pytest.raises(run.Refused, match="killed clean of other inputs"):
     cleaned(tmp_path / "raw", tmp_path / "killed", margin=9)
   subprocess.run(command(tmp_path / "raw", tmp_path / "killed"), cwd=ROOT, check=True,
                  capture_output=True)
   assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def commands():
+  """The command lines of all processes."""
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+      yield path.read_bytes().decode("utf-8", "replace").replace("\0", " ")
+    except OSError:  # it ended
+      pass
+
+
+def test_two_calls_in_one_workdir_do_not_work_at_once(tmp_path):
+  write(tmp_path / "raw" / "fra_Latn.jsonl", some("fra_Latn", 3))
+  (tmp_path / "w").mkdir()
+  holder = subprocess.Popen([sys.executable, "-c", f"""
+import fcntl, time
+with open({str(tmp_path / "w" / ".clean.lock")!r}, "w") as file:
+  fcntl.lockf(file, fcntl.LOCK_EX)
+  print("held", flush=True)
+  time.sleep(60)
+"""], stdout=subprocess.PIPE, text=True)
+  assert holder.stdout.readline() == "held\n"
+  with pytest.raises(run.Refused, match="another clean is at work"):
+    cleaned(tmp_path / "raw", tmp_path / "w")
+  holder.kill()
+  holder.wait()
+  cleaned(tmp_path / "raw", tmp_path / "w")
 
 
 def files(folder):

@@ -112,8 +112,8 @@ def _alone(workdir):
   """Refuses a second call in the same workdir while this one is at work."""
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / ".clean.lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:  # lockf: processes that this one forks do not hold it on when it is killed
+      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise run.Refused(f"another clean is at work in {workdir}: wait for it") from None
     yield

@@ -590,11 +590,18 @@ def executor(kind, settings, name, pipeline, tasks, logs, depends):
       venv_path=slurm["venv"], mail_type="NONE", **common)
 
 
+@functools.cache  # handlers stay
+def _end_forks():
+  """datatrove starts a server process for its queues, which would outlive a killed call."""
+  os.register_at_fork(after_in_child=run.end_with)
+
+
 class Local(LocalPipelineExecutor):
   """Without datatrove's logs: what it raises reaches the terminal all the same."""
 
   def run(self):
     logger.disable("datatrove")
+    _end_forks()
     return super().run()
 
   def _run_for_rank(self, rank, local_rank=0, node_rank=-1):
