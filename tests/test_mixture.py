@@ -1,7 +1,6 @@
 """The mixture is exact: realised counts, counters, restarts, weights. No files, no jax."""
 
 import json
-import math
 import re
 import time
 

@@ -34,7 +34,6 @@ import pathlib
 import shutil
 import subprocess
 import threading
-import time
 from typing import NamedTuple
 
 from tiny_aya_jax import languages, run
