@@ -20,7 +20,7 @@ from test_run import CASES, leaves
 
 from tiny_aya_jax import run
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import door, optimizer, train
+from tiny_aya_jax.train import door, optimizer, step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -43,15 +43,15 @@ def test_experiments_are_what_they_were(path, variant):
 
 def three_steps(cfg, **settings):
   model = TinyAya(cfg, **settings)
-  loss = functools.partial(train.next_token_loss, model=model, chunk=8, z_loss=1e-4)
+  loss = functools.partial(step.next_token_loss, model=model, chunk=8, z_loss=1e-4)
   params = random_params(cfg, seed=5)
   tx = optax.adamw(1e-2, mask=optimizer.decay_mask)
   state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
-  step = jax.jit(functools.partial(train.train_step, loss=loss, tx=tx, accumulate=1, sources=2))
+  advance = jax.jit(functools.partial(step.train_step, loss=loss, tx=tx, accumulate=1, sources=2))
   losses = []
   for seed in range(3):
     batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed)
-    state, report = step(state, batch | dict(source_B=np.array([0, 1, 0, 1], np.int32)))
+    state, report = advance(state, batch | dict(source_B=np.array([0, 1, 0, 1], np.int32)))
     losses.append(float(report["loss"]))
   return losses
 

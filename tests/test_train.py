@@ -15,7 +15,7 @@ import pytest
 
 from tiny_aya_jax import __main__, axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.train import begin, checkpoint, door, metrics, optimizer, saved, train
+from tiny_aya_jax.train import begin, checkpoint, door, metrics, optimizer, saved, step, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 T = 32
@@ -368,7 +368,7 @@ def step_inputs(cfg):
 
   batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed=3)
   batch["source_B"] = np.array([0, 1, 1, 2], np.int32)
-  loss = functools.partial(train.next_token_loss, model=TinyAya(cfg), chunk=8, z_loss=1e-4)
+  loss = functools.partial(step.next_token_loss, model=TinyAya(cfg), chunk=8, z_loss=1e-4)
   config = run.load_config(str(ROOT / "experiments/pretrain.py")).optimizer
   tx = optimizer.adamw(config, lambda step: 1e-2)
   params = random_params(cfg, seed=1)
@@ -378,8 +378,8 @@ def step_inputs(cfg):
 
 def test_accumulation_changes_nothing_but_rounding(step_inputs):
   state, batch, loss, tx = step_inputs
-  whole, one = train.train_step(state, batch, loss=loss, tx=tx, accumulate=1, sources=3)
-  parts, two = train.train_step(state, batch, loss=loss, tx=tx, accumulate=2, sources=3)
+  whole, one = step.train_step(state, batch, loss=loss, tx=tx, accumulate=1, sources=3)
+  parts, two = step.train_step(state, batch, loss=loss, tx=tx, accumulate=2, sources=3)
   np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
   np.testing.assert_allclose(one["nats_S"], two["nats_S"], rtol=1e-5)
   np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=1e-4)

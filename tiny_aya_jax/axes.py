@@ -87,11 +87,15 @@ def axis_size(axis):
   return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
+def activation(mesh, name):
+  """NamedSharding of an activation by the letters of its name: 'token_BT'."""
+  letters = name.rpartition("_")[2]
+  return NamedSharding(mesh, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters)))
+
+
 def place(mesh, batch):
   """This process's rows {"token_BT": array, ...} -> global arrays laid out by their letters."""
-  def place_one(path, rows):
-    letters = letters_of(path)
-    sharding = NamedSharding(mesh, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters)))
-    return jax.make_array_from_process_local_data(sharding, rows)
-
-  return jax.tree_util.tree_map_with_path(place_one, batch)
+  return {
+      name: jax.make_array_from_process_local_data(activation(mesh, name), rows)
+      for name, rows in batch.items()
+  }

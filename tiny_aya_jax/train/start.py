@@ -6,23 +6,15 @@ import jax.numpy as jnp
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import tokenizer as tokenizers
 from tiny_aya_jax.export import huggingface
-from tiny_aya_jax.train import begin as begins, checkpoint, optimizer
+from tiny_aya_jax.train import begin as begins, checkpoint, optimizer, step
 
 
-def start(config, begin, mesh, model, tokenizer):
+def start(config, begin, mesh, tokenizer):
   """begin.Begin -> state {"step", "params", "optimizer"}, each leaf on its shards."""
   run.say(begin.said)
-  tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-
-  def scratch(key):
-    params = model.init(key, *(jnp.ones((1, 2), jnp.int32),) * 3)["params"]
-    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
-
-  abstract = jax.eval_shape(scratch, jax.random.key(config.seed))
-  placed = axes.shardings(mesh, abstract)
-  abstract = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, placed
-  )
+  scratch = step.scratch(config)
+  abstract = step.abstract(mesh, jax.eval_shape(scratch, jax.random.key(config.seed)))
+  placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   if begin.path is None:
     return jax.jit(scratch, out_shardings=placed)(jax.random.key(config.seed))
   if begin.whole:
@@ -32,6 +24,7 @@ def start(config, begin, mesh, model, tokenizer):
     params = _from_hugging_face(config, begin.path, abstract["params"], tokenizer)
   else:
     params = checkpoint.restore(begin.path, dict(params=abstract["params"]), ("params",))["params"]
+  tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
   moments = jax.jit(tx.init, out_shardings=placed["optimizer"])(params)
   return dict(step=jnp.int32(0), params=params, optimizer=moments)
 

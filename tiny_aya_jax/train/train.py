@@ -7,7 +7,6 @@ checkpoint; else `init_from`; else scratch. Exit codes: run.EXIT.
 
 import contextlib
 import fcntl
-import functools
 import math
 import os
 import signal
@@ -15,15 +14,12 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.model import bits, losses
-from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import begin as begins, checkpoint, metrics, optimizer, saved, start
+from tiny_aya_jax.model import bits
+from tiny_aya_jax.train import begin as begins, checkpoint, metrics, optimizer, saved, start, step
 
 
 def main(config, workdir, plan, validation, tokenizer):
@@ -34,28 +30,17 @@ def main(config, workdir, plan, validation, tokenizer):
   mesh = axes.mesh(**config.mesh.to_dict())
   _check_batch(config, mesh)
   with _lock(workdir), jax.set_mesh(mesh):
-    model = TinyAya(
-        config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll
-    )
+    model = step.model(config)
     begin = begins.decide(config, workdir, plan, tokenizer)  # again, now that nobody else saves
     plan = begin.plan
-    state = start.start(config, begin, mesh, model, tokenizer)
+    state = start.start(config, begin, mesh, tokenizer)
     _record(config, workdir, mesh, model, state, tokenizer)
     rows = loader.Loader(
         plan, config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
     )
     sources = [source["name"] for source in plan["sources"]]
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
-    loss = functools.partial(
-        next_token_loss, model=model, chunk=config.loss.chunk, z_loss=config.loss.z_loss
-    )
-    step = jax.jit(
-        functools.partial(
-            train_step, loss=loss, tx=optimizer.adamw(config.optimizer, rate),
-            accumulate=config.accumulate, sources=len(sources),
-        ),
-        donate_argnums=0,
-    )
+    advance = step.step(config, rate, len(sources))
     if not saved.steps(workdir):
       run.say("\n".join(mixture.table(plan, (begin.start + config.steps) * config.data.batch)))
     evaluate = _evaluator(config, mesh, model, validation, tokenizer)
@@ -63,66 +48,10 @@ def main(config, workdir, plan, validation, tokenizer):
         model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
         start=begin.start, steps=config.steps, origin=begin.origin, run=begins.facts(config),
     )
-    return _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, meta)
+    return _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta)
 
 
-def next_token_loss(params, batch, *, model, chunk, z_loss):
-  """(sum, count, aux) of losses.next_token for one batch of packed rows."""
-  hidden_BTD = model.apply(
-      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
-  )
-  return losses.next_token(
-      hidden_BTD, params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
-      logit_scale=model.cfg.logit_scale, z_loss=z_loss, chunk=chunk,
-  )
-
-
-def train_step(state, batch, *, loss, tx, accumulate, sources):
-  """(state, global batch) -> (state, metrics). Gradients are of the mean over all tokens.
-
-  state: {"step", "params", "optimizer"}. The batch is split into `accumulate` parts whose sums,
-  not means, are added, so the result does not depend on how it is split. metrics: loss in nats a
-  token, grad_norm, tokens, and nats_S, tokens_S per source.
-  """
-  def part(carry, rows):
-    def summed(params):
-      sum, count, aux = loss(params, rows)
-      return sum, (count, aux["nats_BT"])
-
-    (sum, (count, nats_BT)), grads = jax.value_and_grad(summed, has_aux=True)(state["params"])
-    per_source = dict(
-        nats_S=bits.by_source(nats_BT, rows["source_B"], sources),
-        tokens_S=bits.by_source(rows["weight_BT"], rows["source_B"], sources),
-    )
-    return jax.tree.map(jnp.add, carry, (grads, sum, count, per_source)), None
-
-  zero = (
-      jax.tree.map(jnp.zeros_like, state["params"]), jnp.float32(0), jnp.float32(0),
-      dict(nats_S=jnp.zeros(sources), tokens_S=jnp.zeros(sources)),
-  )
-  if accumulate == 1:
-    (grads, sum, count, per_source), _ = part(zero, batch)
-  else:
-    (grads, sum, count, per_source), _ = jax.lax.scan(part, zero, _microbatches(batch, accumulate))
-  count = jnp.maximum(count, 1)
-  grads = jax.tree.map(lambda grad: grad / count, grads)
-  updates, moments = tx.update(grads, state["optimizer"], state["params"])
-  new_state = dict(
-      step=state["step"] + 1, params=optax.apply_updates(state["params"], updates),
-      optimizer=moments,
-  )
-  report = dict(loss=sum / count, grad_norm=optax.tree.norm(grads), tokens=count, **per_source)
-  return new_state, report
-
-
-def _microbatches(batch, accumulate):
-  """[B, ..] -> [M, B/M, ..]: rows are dealt out like cards, so each device keeps its own."""
-  return jax.tree.map(
-      lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
-  )
-
-
-def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, meta):
+def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta):
   first, start = int(state["step"]), meta["start"]
   last = start + config.steps
   writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
@@ -170,7 +99,7 @@ def _loop(config, workdir, mesh, step, evaluate, rows, sources, rate, state, met
   ticks = range(first, last)
   for at in run.progress(ticks, "train") if sys.stdout.isatty() else ticks:
     _profile(config, workdir, at - start)
-    state, report = step(state, axes.place(mesh, next(batches)))
+    state, report = advance(state, axes.place(mesh, next(batches)))
     reports.append(report)
     done = at + 1
     ended = done == last or stop() or _time_up(config, began)

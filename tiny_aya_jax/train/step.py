@@ -1,0 +1,127 @@
+"""One training step: a batch and a state in, the next state out. What is compiled, and all of it.
+
+It knows neither files nor workdirs, so that `plan` and `bench` compile exactly what `train` runs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tiny_aya_jax import axes
+from tiny_aya_jax.model import bits, losses
+from tiny_aya_jax.model.transformer import TinyAya
+from tiny_aya_jax.train import optimizer
+
+
+def model(config):
+  """The transformer that a train config describes."""
+  return TinyAya(
+      config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll
+  )
+
+
+def step(config, rate, sources):
+  """The jitted train_step of a config: (state, batch) -> (state, metrics); the state is donated.
+
+  rate: optax schedule. sources: how many the batch's source_B counts.
+  """
+  loss = functools.partial(
+      next_token_loss, model=model(config), chunk=config.loss.chunk, z_loss=config.loss.z_loss
+  )
+  return jax.jit(
+      functools.partial(
+          train_step, loss=loss, tx=optimizer.adamw(config.optimizer, rate),
+          accumulate=config.accumulate, sources=sources,
+      ),
+      donate_argnums=0,
+  )
+
+
+def scratch(config):
+  """A function of a key: the state {"step", "params", "optimizer"} of a run that begins."""
+  tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
+
+  def draw(key):
+    params = model(config).init(key, *(jnp.ones((1, 2), jnp.int32),) * 3)["params"]
+    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
+
+  return draw
+
+
+def abstract(mesh, tree):
+  """ShapeDtypeStructs of a tree of arrays or structs, each with the sharding of its name."""
+  return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      tree, axes.shardings(mesh, tree),
+  )
+
+
+def batch(config, mesh):
+  """ShapeDtypeStructs of one global batch, laid out by their letters."""
+  B, T = config.data.batch, config.data.T
+  names = dict.fromkeys(("token_BT", "target_BT", "segment_BT", "position_BT"), jnp.int32)
+  names |= dict(weight_BT=jnp.float32, source_B=jnp.int32)
+  return {
+      name: jax.ShapeDtypeStruct(
+          (B, T)[: len(name.rpartition("_")[2])], dtype, sharding=axes.activation(mesh, name)
+      )
+      for name, dtype in names.items()
+  }
+
+
+def next_token_loss(params, batch, *, model, chunk, z_loss):
+  """(sum, count, aux) of losses.next_token for one batch of packed rows."""
+  hidden_BTD = model.apply(
+      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
+  )
+  return losses.next_token(
+      hidden_BTD, params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
+      logit_scale=model.cfg.logit_scale, z_loss=z_loss, chunk=chunk,
+  )
+
+
+def train_step(state, batch, *, loss, tx, accumulate, sources):
+  """(state, global batch) -> (state, metrics). Gradients are of the mean over all tokens.
+
+  state: {"step", "params", "optimizer"}. The batch is split into `accumulate` parts whose sums,
+  not means, are added, so the result does not depend on how it is split. metrics: loss in nats a
+  token, grad_norm, tokens, and nats_S, tokens_S per source.
+  """
+  def part(carry, rows):
+    def summed(params):
+      sum, count, aux = loss(params, rows)
+      return sum, (count, aux["nats_BT"])
+
+    (sum, (count, nats_BT)), grads = jax.value_and_grad(summed, has_aux=True)(state["params"])
+    per_source = dict(
+        nats_S=bits.by_source(nats_BT, rows["source_B"], sources),
+        tokens_S=bits.by_source(rows["weight_BT"], rows["source_B"], sources),
+    )
+    return jax.tree.map(jnp.add, carry, (grads, sum, count, per_source)), None
+
+  zero = (
+      jax.tree.map(jnp.zeros_like, state["params"]), jnp.float32(0), jnp.float32(0),
+      dict(nats_S=jnp.zeros(sources), tokens_S=jnp.zeros(sources)),
+  )
+  if accumulate == 1:
+    (grads, sum, count, per_source), _ = part(zero, batch)
+  else:
+    (grads, sum, count, per_source), _ = jax.lax.scan(part, zero, _microbatches(batch, accumulate))
+  count = jnp.maximum(count, 1)
+  grads = jax.tree.map(lambda grad: grad / count, grads)
+  updates, moments = tx.update(grads, state["optimizer"], state["params"])
+  new_state = dict(
+      step=state["step"] + 1, params=optax.apply_updates(state["params"], updates),
+      optimizer=moments,
+  )
+  report = dict(loss=sum / count, grad_norm=optax.tree.norm(grads), tokens=count, **per_source)
+  return new_state, report
+
+
+def _microbatches(batch, accumulate):
+  """[B, ..] -> [M, B/M, ..]: rows are dealt out like cards, so each device keeps its own."""
+  return jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
+  )
