@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import packed
-from tiny_aya_jax.model import attention
+from tiny_aya_jax.model import attention, attention_splash
 
 B, T, N, K, H = 2, 23, 6, 2, 4
 ONE = ((23,), (23,))
@@ -19,6 +19,7 @@ BACKENDS = sorted(attention.BACKENDS)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
   monkeypatch.setattr(attention, "CHUNK", 8)  # 23 tokens: two blocks and a rest
+  monkeypatch.setattr(attention_splash, "INTERPRET", True)
 
 
 def heads(T=T, seed=0, dtype=jnp.float32, scale=1.0):

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from conftest import DOCUMENTS, T, packed
 from tiny_aya_jax import axes
-from tiny_aya_jax.model import attention, losses, transformer
+from tiny_aya_jax.model import attention, attention_splash, losses, transformer
 from tiny_aya_jax.model.transformer import TinyAya
 
 MESHES = [  # the last two, which split most letters, with every backend
@@ -24,6 +24,7 @@ BACKENDS = sorted(attention.BACKENDS)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
   monkeypatch.setattr(attention, "CHUNK", 12)  # 20 tokens: a block and a rest
+  monkeypatch.setattr(attention_splash, "INTERPRET", True)
 
 
 @pytest.fixture(scope="module")

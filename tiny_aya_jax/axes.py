@@ -8,10 +8,12 @@ A parameter's name carries its letters (`q_DNH` is [D, N, H]), so its sharding, 
 optimiser moments, is read off the name. There is no other table of shardings.
 """
 
+import functools
 import math
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tiny_aya_jax import run
@@ -80,6 +82,30 @@ def shard(x, letters):
   return jax.lax.with_sharding_constraint(
       x, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters))
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(weight, letters, dtype):
+  """A parameter in dtype, whole over fsdp; its gradient goes back to its shards.
+
+  Cast first, so that half the bytes travel. Left to itself the partitioner moves the shards of a
+  weight one by one through the matmul, and adds its gradients up on every device.
+  """
+  return shard(weight.astype(dtype), letters)
+
+
+def _gather_forward(weight, letters, dtype):
+  return gather(weight, letters, dtype), None
+
+
+def _gather_backward(letters, dtype, _, gradient):
+  if not jax.sharding.get_abstract_mesh().empty:
+    axes = PartitionSpec(*(PARAMETER.get(letter) for letter in letters))
+    gradient = jax.lax.with_sharding_constraint(gradient, axes)
+  return (gradient.astype(jnp.float32),)  # parameters are
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def axis_size(axis):

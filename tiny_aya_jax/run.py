@@ -52,7 +52,8 @@ def choose(what, given, choices):
 
 # What config.dtype, config.attention and config.remat may be, in every verb that has them.
 CHOICES = dict(
-    dtype=("float32", "bfloat16"), attention=("reference", "chunked"), remat=("none", "full"),
+    dtype=("float32", "bfloat16"), attention=("reference", "chunked", "splash"),
+    remat=("none", "full", "attn", "qkv", "minimal", "offload"),
 )
 
 

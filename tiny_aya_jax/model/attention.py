@@ -8,6 +8,7 @@ without repeating it: query head n reads key head n // G (tiny_aya.md 1.3).
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 CHUNK = 64  # least queries a block of `chunked`: the fastest of 32..256 on CPU at T=512
 MOST_BLOCKS = 16  # of `chunked`: each is compiled by itself, so the blocks of a long row are longer
@@ -27,9 +28,11 @@ def attention(
     segment_BS, position_BS = segment_BT, position_BT
   elif backend != "reference":
     raise ValueError(f"backend {backend!r} attends a row to itself; use 'reference' with a cache")
-  return BACKENDS[backend](
+  out_BTNH = BACKENDS[backend](
       q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position_BS, window
   )
+  # splash names its output inside the kernel, with the logsumexp: a second name is a second copy.
+  return out_BTNH if backend == "splash" else checkpoint_name(out_BTNH, "attention")
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position_BS, window):
@@ -58,7 +61,14 @@ def chunked(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, positio
   return _heads_last(jnp.concatenate(blocks, axis=3))
 
 
-BACKENDS = dict(reference=reference, chunked=chunked)
+def splash(*inputs):
+  """The TPU kernel, attention_splash.py."""
+  from tiny_aya_jax.model import attention_splash  # Pallas takes a second to import
+
+  return attention_splash.splash(*inputs)
+
+
+BACKENDS = dict(reference=reference, chunked=chunked, splash=splash)
 
 
 def visible(segment_BT, position_BT, segment_BS, position_BS, window):

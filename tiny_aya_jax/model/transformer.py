@@ -19,8 +19,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from tiny_aya_jax.axes import axis_size, shard
+from tiny_aya_jax.axes import axis_size, gather, shard
 from tiny_aya_jax.model.attention import attention, ring_write
 
 BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # one period: HF layers 4l .. 4l+3
@@ -30,8 +32,8 @@ normal = nn.initializers.normal(0.02)  # SmolLM3, same shape (tiny_aya.md 5.4); 
 class TinyAya(nn.Module):
   """Tokens to final hidden states; `logits` or `losses` turn those into predictions.
 
-  dtype: of activations and matmuls (parameters stay fp32). backend: of attention. remat: 'full'
-  recomputes each block in the backward pass from its input. unroll: periods per scan step.
+  dtype: of activations and matmuls (parameters stay fp32). backend: of attention. remat: what
+  each block keeps for its backward pass (KEEP, 'offload'), or 'none': everything. unroll: periods per scan step.
   """
 
   cfg: Any
@@ -62,10 +64,23 @@ def look_up(embedding_VD, token_BT, dtype):
   """Rows of the table in dtype: [B, T, D]. The gradient of the table is summed in fp32.
 
   Summed in bfloat16, a token that occurs 10,000 times in a batch loses a third of its gradient:
-  each further addend is below half a unit in the last place of the sum.
+  each further addend is below half a unit in the last place of the sum. On a mesh each device
+  looks up the columns it holds for the tokens of all, and one exchange of activations gives every
+  device its own tokens: the table itself never moves.
   """
-  # Looked up while D is sharded, XLA would rematerialise the batch: gather the table first.
-  return shard(embedding_VD.astype(dtype), "VD")[token_BT]
+  if jax.sharding.get_abstract_mesh().empty:
+    return embedding_VD.astype(dtype)[token_BT]
+
+  def columns(embedding_VD, token_BT):
+    token_BT = jax.lax.all_gather(token_BT, "fsdp", tiled=True)
+    held_BT, token_BT = _held(embedding_VD, token_BT)
+    x_BTD = jnp.where(held_BT[..., None], embedding_VD[token_BT].astype(dtype), 0)
+    x_BTD = jax.lax.psum(x_BTD, "tensor") if axis_size("tensor") > 1 else x_BTD
+    return jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+  return jax.shard_map(
+      columns, in_specs=(_TABLE, _TOKENS), out_specs=_TOKENS, check_vma=False
+  )(embedding_VD, token_BT)
 
 
 def _look_up_forward(embedding_VD, token_BT, dtype):
@@ -74,12 +89,35 @@ def _look_up_forward(embedding_VD, token_BT, dtype):
 
 def _look_up_backward(dtype, residuals, d_BTD):
   embedding_VD, token_BT = residuals
-  d_VD = jnp.zeros_like(embedding_VD).at[token_BT].add(d_BTD.astype(embedding_VD.dtype))
-  # Pinned, or each device would add up the tokens of all devices, for its own slice of D.
-  return shard(d_VD, "VD"), None
+
+  def add(embedding_VD, token_BT, d_BTD):
+    d_BTD = d_BTD.astype(embedding_VD.dtype)
+    return jnp.zeros_like(embedding_VD).at[token_BT].add(d_BTD, mode="drop")
+
+  if jax.sharding.get_abstract_mesh().empty:
+    return add(embedding_VD, token_BT, d_BTD), None
+
+  def columns(embedding_VD, token_BT, d_BTD):
+    token_BT = jax.lax.all_gather(token_BT, "fsdp", tiled=True)
+    held_BT, token_BT = _held(embedding_VD, token_BT)
+    d_BTD = jax.lax.all_to_all(d_BTD, "fsdp", split_axis=2, concat_axis=0, tiled=True)
+    d_VD = add(embedding_VD, jnp.where(held_BT, token_BT, embedding_VD.shape[0]), d_BTD)
+    return jax.lax.psum(d_VD, ("data", "context"))
+
+  return jax.shard_map(
+      columns, in_specs=(_TABLE, _TOKENS, _TOKENS), out_specs=_TABLE, check_vma=False
+  )(embedding_VD, token_BT, d_BTD), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
+_TABLE, _TOKENS = PartitionSpec("tensor", "fsdp"), PartitionSpec(("data", "fsdp"), "context")
+
+
+def _held(embedding_VD, token_BT):
+  """(whether this device's rows of the table hold a token, the token's row among them)."""
+  row_BT = token_BT - jax.lax.axis_index("tensor") * embedding_VD.shape[0]
+  held_BT = (row_BT >= 0) & (row_BT < embedding_VD.shape[0])
+  return held_BT, jnp.where(held_BT, row_BT, 0)
 
 
 class Period(nn.Module):
@@ -92,13 +130,34 @@ class Period(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
-    block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+    block = Block if self.remat == "none" else nn.remat(
+        Block, prevent_cse=False, policy=remat_policy(self.remat)
+    )
     for name in BLOCKS:
       window = None if name == "full" else self.cfg.window
       x_BTD = block(self.cfg, self.dtype, self.backend, window, name=name)(
           x_BTD, segment_BT, position_BT
       )
     return x_BTD, None
+
+
+# What a block keeps for its backward pass, by checkpoint name; the rest is computed again.
+# "attention" is the output with, from splash, its logsumexp: named inside the kernel, or both
+# copies would be kept. GiB a sequence of 8,192 at full size: 1.1, 2.3, 4.0, 16 (performance.md 4).
+KEEP = dict(
+    full=(), attn=("attention",), qkv=("attention", "q", "k", "v"),
+    minimal=("attention", "q", "k", "v", "gate", "up"),
+)
+
+
+def remat_policy(remat):
+  """jax.checkpoint policy: a key of KEEP, or 'offload', which keeps as 'qkv' but in host memory."""
+  if remat == "offload":
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(), names_which_can_be_offloaded=KEEP["qkv"],
+        offload_src="device", offload_dst="pinned_host",
+    )
+  return jax.checkpoint_policies.save_only_these_names(*KEEP[remat])
 
 
 class Block(nn.Module):
@@ -112,7 +171,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
     cfg = self.cfg
-    weights = {name: weight(self, name).astype(self.dtype) for name in (
+    weights = {name: gather(weight(self, name), letters(name), self.dtype) for name in (
         "q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD")}
     y_BTD = layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), cfg)
 
@@ -122,6 +181,8 @@ class Block(nn.Module):
     if self.window is not None:
       q_BTNH = rotate(q_BTNH, position_BT, cfg.rope_theta)
       k_BTKH = rotate(k_BTKH, position_BT, cfg.rope_theta)
+    q_BTNH, k_BTKH, v_BTKH = (
+        checkpoint_name(x, name) for x, name in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
     keys = dict(k_BSKH=k_BTKH, v_BSKH=v_BTKH)
     if self.is_mutable_collection("cache"):
       if self.has_variable("cache", "k_BSKH"):  # one more token; before, a whole prompt
@@ -137,8 +198,8 @@ class Block(nn.Module):
     )
     a_BTD = project(a_BTNH, weights["o_NHD"], "BTNH,NHD->BTD")
 
-    gate_BTF = project(y_BTD, weights["gate_DF"], "BTD,DF->BTF")
-    up_BTF = project(y_BTD, weights["up_DF"], "BTD,DF->BTF")
+    gate_BTF = checkpoint_name(project(y_BTD, weights["gate_DF"], "BTD,DF->BTF"), "gate")
+    up_BTF = checkpoint_name(project(y_BTD, weights["up_DF"], "BTD,DF->BTF"), "up")
     f_BTD = project(jax.nn.silu(gate_BTF) * up_BTF, weights["down_FD"], "BTF,FD->BTD")
     return shard(x_BTD + a_BTD + f_BTD, "BTD")
 
@@ -152,8 +213,12 @@ def logits(params, hidden_BTD, cfg):
 
 def weight(module, name, init=normal):
   """A parameter whose name is its shape: weight(self, "q_DNH") is [D, N, H], fp32."""
-  letters = name.rpartition("_")[2]
-  return module.param(name, init, tuple(getattr(module.cfg, letter) for letter in letters))
+  return module.param(name, init, tuple(getattr(module.cfg, letter) for letter in letters(name)))
+
+
+def letters(name):
+  """'q_DNH' -> 'DNH'."""
+  return name.rpartition("_")[2]
 
 
 def layer_norm(x_BTD, norm_D, cfg):

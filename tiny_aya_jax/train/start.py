@@ -13,10 +13,10 @@ def start(config, begin, mesh, tokenizer):
   """begin.Begin -> state {"step", "params", "optimizer"}, each leaf on its shards."""
   run.say(begin.said)
   scratch = step.scratch(config)
-  abstract = step.abstract(mesh, jax.eval_shape(scratch, jax.random.key(config.seed)))
+  abstract = step.abstract(mesh, jax.eval_shape(scratch))
   placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   if begin.path is None:
-    return jax.jit(scratch, out_shardings=placed)(jax.random.key(config.seed))
+    return jax.jit(scratch, out_shardings=placed)()
   if begin.whole:
     items = checkpoint.restore(begin.path, {name: abstract[name] for name in checkpoint.TREES})
     return dict(step=jnp.int32(begin.step), **{name: items[name] for name in checkpoint.TREES})

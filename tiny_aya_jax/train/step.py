@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tiny_aya_jax import axes
+from tiny_aya_jax.axes import axis_size
 from tiny_aya_jax.model import bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import optimizer
@@ -40,11 +41,14 @@ def step(config, rate, sources):
 
 
 def scratch(config):
-  """A function of a key: the state {"step", "params", "optimizer"} of a run that begins."""
+  """A function of nothing: the state {"step", "params", "optimizer"} of a run that begins."""
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
 
-  def draw(key):
-    params = model(config).init(key, *(jnp.ones((1, 2), jnp.int32),) * 3)["params"]
+  shape = TinyAya(config.model)  # parameters do not depend on how they are used
+
+  def draw():
+    rows = jnp.ones((axis_size("data") * axis_size("fsdp"), axis_size("context")), jnp.int32)
+    params = shape.init(jax.random.key(config.seed), rows, rows, rows)["params"]
     return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
 
   return draw
