@@ -78,8 +78,8 @@ def test_the_table_has_a_line_for_every_kind_and_for_all(text):
   ]  # fmt: skip
 
 
-def module(entry, others="", trips=None):
-  """A module whose ENTRY has these lines; a 'while' over %body and %condition, if trips is given."""
+def module(entry, others=""):
+  """A module whose ENTRY has these lines, after other computations."""
   return f"""HloModule m, is_scheduled=true, num_partitions=16
 
 {others}
@@ -160,6 +160,8 @@ def test_nested_loops_multiply_with_and_without_annotation():
     (loop(REDUCE, limit="parameter(1)"), "constant(0)"),
     (loop(REDUCE, step="parameter(1)"), "constant(0)"),
     (loop(REDUCE), "infeed()"),
+    (loop(REDUCE, step="constant(0)"), "constant(0)"),
+    (loop(REDUCE).replace("add(%i, %one)", "add(%one, %one)"), "constant(0)"),
     (loop(REDUCE, direction="GT"), "constant(9)"),
   ],
 )
@@ -200,11 +202,16 @@ CHAINED = """
 def test_an_asynchronous_chain_of_fusions_is_one_collective():
   (one,) = hlo.collectives(module(CHAINED, CHAIN))
   assert one == ("%all-gather.1", "all-gather", 16 * 8 * 4, 1, True, 4, "f32[16,8]")
+  without_names = CHAIN.replace('frontend_attributes={chain_id="0"}, ', "")
+  assert hlo.collectives(module(CHAINED, without_names)) == [one]
 
 
 def test_links_of_a_chain_that_nothing_starts_are_refused():
-  with pytest.raises(ValueError, match="without a start"):
-    hlo.collectives(module(CHAINED, CHAIN.replace("AsyncCollectiveStart", "Another")))
+  first, rest = CHAIN.split("%async_collective_fusion", 1)
+  other_chain = first + "%async_collective_fusion" + rest.replace('chain_id="0"', 'chain_id="1"')
+  for loose in (CHAIN.replace("AsyncCollectiveStart", "Another"), other_chain):
+    with pytest.raises(ValueError, match="without a start"):
+      hlo.collectives(module(CHAINED, loose))
 
 
 def test_start_and_done_are_one_asynchronous_collective():
@@ -236,6 +243,41 @@ def test_what_an_async_start_calls_is_asynchronous_and_counted_once():
   assert one[1:6] == ("reduce-scatter", 128, 1, True, 4)
 
 
+def test_the_fused_reduce_scatter_of_a_tpu_is_not_an_all_reduce():
+  fused = """
+%all-reduce-scatter.2 (input: f32[4,8]) -> f32[2,8] {
+  %input = f32[4,8]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[8,8]{1,0} pad(%input, %zero), padding=0_4x0_0
+  %all-reduce.1 = f32[8,8]{1,0} all-reduce(%pad), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[2,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={2,8}
+}
+"""
+  (one,) = hlo.collectives(module(
+    "  ROOT %f = f32[2,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2", fused
+  ))  # fmt: skip
+  assert (one.kind, one.wire, one.group) == ("reduce-scatter", 8 * 8 * 4, 4)
+
+
+def test_a_ragged_all_to_all_counts_its_tensor_only():
+  (one,) = hlo.collectives(module(
+    "  ROOT %f = f32[4,8]{1,0} ragged-all-to-all(%p, %p, %p), replica_groups={{0,1}}"
+  ))  # fmt: skip
+  assert (one.kind, one.bytes) == ("ragged-all-to-all", 128)
+
+
+def test_a_limit_carried_in_the_state_counts_only_if_the_body_leaves_it_alone():
+  others = loop(REDUCE, limit="get-tuple-element(%state.1), index=2")
+  others = others.replace("tuple(%next, %y)", "tuple(%next, %y, %kept)")
+  entry = run_loop().replace("tuple(%start.body, %p)", "tuple(%start.body, %p, %seven)")
+  entry = "  %seven = s32[] constant(7)\n" + entry
+  kept = "\n  %kept = s32[] get-tuple-element(%state), index=2\n  ROOT %out"
+  (one,) = hlo.collectives(module(entry, others.replace("\n  ROOT %out", kept)))
+  assert one.calls == 7
+  with pytest.raises(ValueError, match="%run.body"):
+    hlo.collectives(module(entry, others.replace("\n  ROOT %out", kept.replace("=2", "=0"))))
+
+
 def test_of_a_conditional_the_branch_with_the_most_wire_counts():
   branch = "\n%{0} (q: f32[4,8]) -> f32[4,8] {{\n  %x = f32[4,8]{{1,0}} parameter(0)\n{1}\n}}\n"
   others = branch.format("idle", "") + branch.format("busy", REDUCE)
@@ -254,10 +296,11 @@ def test_the_largest_arrays_are_those_in_memory():
 }
 """
   found = hlo.largest_arrays(module("""
-  %e = (bf16[262144,64]{1,0:T(8,128)(2,1)S(1)}, s4[3]{0}) custom-call(), custom_call_target="AllocateBuffer"
+  %e = (bf16[262144,64]{1,0:T(8,128)(2,1)S(1)}, pred[7]{0}, s4[3]{0}) custom-call(), custom_call_target="AllocateBuffer"
   ROOT %f = f32[4,8]{1,0} fusion(%p), kind=kLoop, calls=%fused""", fused))  # fmt: skip
   assert [(one.bytes, one.dtype, one.shape) for one in found] == [
-    (262144 * 64 * 2, "bf16", (262144, 64)), (128, "f32", (4, 8)), (2, "s4", (3,)),
+    (262144 * 64 * 2, "bf16", (262144, 64)), (128, "f32", (4, 8)), (7, "pred", (7,)),
+    (2, "s4", (3,)),
   ]  # fmt: skip
   (one,) = hlo.largest_arrays(module("  ROOT %f = f32[9]{0} copy(%p)"), axis_size=9)
   assert one.name == "%f"
