@@ -1,7 +1,6 @@
 """FLOPs by formula equal a count over boolean masks and over the model's own weights."""
 
 import pathlib
-import types
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from tiny_aya_jax import flops, run
 
 PRETRAIN = pathlib.Path(__file__).parents[1] / "experiments" / "pretrain.py"
-SMALL = types.SimpleNamespace(D=32, N=12, K=4, H=10, F=28, V=38, L=2, window=5)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +32,8 @@ def test_pairs_equal_a_count_over_the_mask(T, window):
 
 
 @pytest.mark.parametrize("documents", [(20,), (7, 13), (1, 2, 9), (5, 5, 5, 5), (16, 3), ()])
-def test_packed_rows_equal_a_count_over_the_mask(documents):
-  parts = flops.per_token(SMALL, 20, documents)
+def test_packed_rows_equal_a_count_over_the_mask(cfg, documents):
+  parts = flops.per_token(cfg, 20, documents)
   for name, window, blocks in (("attn_full", None, 1), ("attn_slide", 5, 3)):
     # Scores and values: H multiply-adds each, for every head, pair and layer.
     counted = 2 * 2 * 10 * 12 * mask_TS(documents, 20, window).sum() * blocks * 2
@@ -57,8 +55,8 @@ def test_matmuls_are_two_a_weight_of_the_model_itself(cfg, params):
   assert flops.parameters(cfg) == sum(weights.values())
 
 
-def test_training_is_three_forward_passes_of_the_parts():
-  parts = flops.per_token(SMALL, 20)
+def test_training_is_three_forward_passes_of_the_parts(cfg):
+  parts = flops.per_token(cfg, 20)
   total, forward = parts.pop("total"), parts.pop("forward")
   assert forward == sum(parts.values()) and total == 3 * forward
 
@@ -89,6 +87,6 @@ def test_the_full_model_costs_what_the_roofline_says(
 
 
 @pytest.mark.parametrize("documents", [(11, 10), (21,), (0, 5), (-1, 5)])
-def test_documents_that_do_not_fit_the_row_are_refused(documents):
+def test_documents_that_do_not_fit_the_row_are_refused(cfg, documents):
   with pytest.raises(ValueError, match="row of 20"):
-    flops.per_token(SMALL, 20, documents)
+    flops.per_token(cfg, 20, documents)
