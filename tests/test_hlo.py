@@ -214,11 +214,17 @@ def test_links_of_a_chain_that_nothing_starts_are_refused():
       hlo.collectives(module(CHAINED, loose))
 
 
+def test_a_start_of_something_that_is_no_collective_is_refused():
+  hidden = CHAIN.replace("custom-call(%all-gather.1)", "custom-call(%q)")
+  with pytest.raises(ValueError, match="starts with no collective"):
+    hlo.collectives(module(CHAINED, hidden))
+
+
 def test_start_and_done_are_one_asynchronous_collective():
   found = hlo.collectives(module("""
   %g = ((f32[4,8]{1,0}, bf16[2]{0}), /*index=1*/(f32[16,8]{1,0:T(8,128)}, bf16[8]{0})) all-gather-start(%p, %b), replica_groups=[4,4]<=[16], dimensions={0}
   %h = (f32[16,8]{1,0}, bf16[8]{0}) all-gather-done(%g)
-  %c = (f32[4,8]{1,0:T(8,128)}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%p), channel_id=1, source_target_pairs={{0,1},{1,2},{2,0},{3,3}}
+  %c = (f32[4,8]{1,0:T(8,128)}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%p), channel_id=1, source_target_pairs={{3,3},{0,1},{1,2},{2,0}}
   %d = f32[4,8]{1,0} collective-permute-done(%c)
   %r = f32[4,8]{1,0} all-reduce-start(%p), replica_groups={}, to_apply=%add, backend_config={"collective_backend_config":{"is_sync":true}}
   ROOT %s = f32[4,8]{1,0} all-reduce-done(%r)"""))  # fmt: skip

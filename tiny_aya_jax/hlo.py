@@ -11,15 +11,15 @@ What was relied on, seen in texts of jaxlib 0.10.2 with libtpu 0.0.42.1 (v5e and
   the loop itself. A loop that cannot be read is an error, never a 1.
 - `X-start(` with `X-done(` is one asynchronous collective; so is whatever an `async-start` calls.
 - An asynchronous collective fusion of the TPU is a chain of fusions: `%async-collective-start`,
-  compute fusions that call `%async_collective_fusion.N`, `%async-collective-done`. Every link's body
-  repeats the same collective, with one `chain_id`; counted where the custom call
-  "AsyncCollectiveStart" takes it, skipped in the others, so a count of the words is too high.
+  compute fusions that call `%async_collective_fusion.N`, `%async-collective-done`. Each of their
+  bodies repeats the same collective, with one `chain_id`; it is counted where the custom call
+  "AsyncCollectiveStart" takes it, and skipped in the others: a count of the words is too high.
 - A TPU collective with `async_collective_name` but no start and done was made synchronous again
   by the scheduler, and counts so.
-- A TPU text says no reduce-scatter. Along one axis of the chips it is a fusion that calls
-  `%all-reduce-scatter` (pad, all-reduce, slice; emitter "AllReduceScatterFusion", one phase), and
-  counts as a reduce-scatter of the padded tensor (16 chips: 9% above the tensor). Over two axes at
-  once it is an all-reduce (two phases) and a slice apart, and counts as the all-reduce that it is.
+- A reduce-scatter of the TPU along one axis of the chips is a `reduce-scatter`, or a fusion that
+  calls `%all-reduce-scatter` (pad, all-reduce, slice; emitter "AllReduceScatterFusion", one phase)
+  and counts as a reduce-scatter of the padded tensor (16 chips: 9% above the tensor). Over both
+  axes at once it was an all-reduce (two phases) and a slice, and counts as that all-reduce.
 """
 
 import collections
@@ -273,10 +273,12 @@ def walk(program, frame, calls, asynchronous):
 
 
 def refuse_loose_chains(program):
-  """ValueError on links of an asynchronous chain that nothing starts: it would not be counted."""
+  """ValueError on an asynchronous chain whose start or links are not found: a wrong count."""
   links, started = {}, set()
   for computation in program.computations.values():
     starts = chain_starts(computation)
+    if starts and not any(chain(computation.instructions[name]) for name in starts):
+      raise ValueError(f"{sorted(starts)}: an asynchronous chain starts with no collective in sight")
     for instruction in computation.instructions.values():
       if link := chain(instruction):
         links[link] = instruction.name
@@ -334,14 +336,11 @@ def measured(program, computation, instruction, kind, calls, asynchronous):
 
 
 def group_size(program, instruction):
-  """Chips in the (first) group, of the four ways to write it; of a permutation, in its ring."""
+  """Chips in the (first) group, of the four ways to write it; of a permutation, the longest ring."""
   attributes = instruction.attributes
   pairs = dict(re.findall(r"[{,]\{(\d+),(\d+)\}", attributes.partition("source_target_pairs=")[2]))
   if pairs:
-    ring = [next(iter(pairs))]
-    while pairs.get(ring[-1], ring[0]) not in ring:
-      ring.append(pairs[ring[-1]])
-    return len(ring)
+    return max(len(ring(pairs, source)) for source in pairs)
   if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
     return len(found.group(1).split(","))
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
@@ -354,6 +353,13 @@ def group_size(program, instruction):
   if "replica_groups={}" in attributes:
     return program.chips
   raise ValueError(f"{instruction.name}: its groups are not understood: {attributes[:200]}")
+
+
+def ring(pairs, source):
+  chips = [source]
+  while pairs.get(chips[-1], source) not in chips:
+    chips.append(pairs[chips[-1]])
+  return chips
 
 
 # Trip counts: a loop's state is a tuple; a scalar in it is `element k plus c`, or a constant.
