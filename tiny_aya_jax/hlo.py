@@ -258,9 +258,9 @@ def walk(program, frame, calls, asynchronous):
         yield measured(program, computation, instruction, kind, calls, hidden)
     elif instruction.op == "while":
       trips = trip_count(program, frame, instruction)
-      for role, times in (("condition", trips + 1), ("body", trips)):
+      for role, runs in (("condition", trips + 1), ("body", trips)):
         inner = Frame(called(instruction, role), instruction, frame)
-        yield from walk(program, inner, calls * times, asynchronous)
+        yield from walk(program, inner, calls * runs, asynchronous)
     elif instruction.op == "conditional":
       branches = [Frame(branch, instruction, frame) for branch in callees(instruction)]
       yield from max(
@@ -278,7 +278,7 @@ def refuse_loose_chains(program):
   for computation in program.computations.values():
     starts = chain_starts(computation)
     if starts and not any(chain(computation.instructions[name]) for name in starts):
-      raise ValueError(f"{sorted(starts)}: an asynchronous chain starts with no collective in sight")
+      raise ValueError(f"{sorted(starts)}: a chain starts with no collective in sight")
     for instruction in computation.instructions.values():
       if link := chain(instruction):
         links[link] = instruction.name
@@ -336,7 +336,7 @@ def measured(program, computation, instruction, kind, calls, asynchronous):
 
 
 def group_size(program, instruction):
-  """Chips in the (first) group, of the four ways to write it; of a permutation, the longest ring."""
+  """Chips in the first group, of the four ways to write it; a permutation's longest ring."""
   attributes = instruction.attributes
   pairs = dict(re.findall(r"[{,]\{(\d+),(\d+)\}", attributes.partition("source_target_pairs=")[2]))
   if pairs:
