@@ -52,7 +52,7 @@ def choose(what, given, choices):
 
 # What config.dtype, config.attention and config.remat may be, in every verb that has them.
 CHOICES = dict(
-    dtype=("float32", "bfloat16"), attention=("reference", "chunked", "splash"),
+    dtype=("float32", "bfloat16"), attention=("reference", "chunked", "splash", "cudnn"),
     remat=("none", "full", "attn", "qkv", "minimal", "offload"),
 )
 

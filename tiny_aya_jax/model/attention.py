@@ -68,7 +68,14 @@ def splash(*inputs):
   return attention_splash.splash(*inputs)
 
 
-BACKENDS = dict(reference=reference, chunked=chunked, splash=splash)
+def cudnn(*inputs):
+  """The GPU kernel, attention_cudnn.py."""
+  from tiny_aya_jax.model import attention_cudnn  # reaches into JAX: only where it is asked for
+
+  return attention_cudnn.cudnn(*inputs)
+
+
+BACKENDS = dict(reference=reference, chunked=chunked, splash=splash, cudnn=cudnn)
 
 
 def visible(segment_BT, position_BT, segment_BS, position_BS, window):

@@ -29,6 +29,7 @@ def main(config, workdir, plan, validation, tokenizer):
   """
   mesh = axes.mesh(**config.mesh.to_dict())
   _check_batch(config, mesh)
+  _check_attention(config, mesh)
   with _lock(workdir), jax.set_mesh(mesh):
     model = step.model(config)
     begin = begins.decide(config, workdir, plan, tokenizer)  # again, now that nobody else saves
@@ -174,6 +175,15 @@ def _check_batch(config, mesh):
   if config.data.T % mesh.shape["context"]:
     raise run.Refused(
         f"rows of T={config.data.T} do not split over {mesh.shape['context']} devices of 'context'"
+    )
+
+
+def _check_attention(config, mesh):
+  if config.attention == "cudnn":  # before anything is restored or compiled
+    from tiny_aya_jax.model import attention_cudnn
+
+    attention_cudnn.refuse_unless_possible(
+        config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
     )
 
 
