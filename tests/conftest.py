@@ -9,7 +9,7 @@ import tempfile
 # Tests compile much and run little: level 0 halves the seconds.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")  # cuda: test_attention.py
 # Tests and the processes they start compile each program once.
 _cache = tempfile.TemporaryDirectory(prefix="jax_cache_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
@@ -78,6 +78,13 @@ def random_batch(V, documents, T, seed):
     position_BT=position_BT,
     weight_BT=((segment_BT > 0) & (random.random(shape) < 0.8)).astype(np.float32),
   )
+
+
+def backends():
+  """The attention backends that run or are interpreted on a CPU, sorted."""
+  from tiny_aya_jax.model import attention
+
+  return sorted(set(attention.BACKENDS) - {"cudnn"})
 
 
 def packed(documents, T):

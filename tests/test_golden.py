@@ -78,7 +78,7 @@ def test_no_choice_of_the_model_is_dead(cfg, params, batch, monkeypatch):
     return jax.jit(jax.grad(lambda params: model.apply({"params": params}, *rows).sum())).lower(
         params).as_text()
 
-  variants = [dict(backend=backend) for backend in run.CHOICES["attention"]]
+  variants = [dict(backend=backend) for backend in run.CHOICES["attention"] if backend != "cudnn"]
   variants += [dict(remat=remat) for remat in run.CHOICES["remat"][1:]]
   variants += [dict(dtype=jnp.dtype(dtype)) for dtype in run.CHOICES["dtype"][1:]] + [dict(unroll=2)]
   assert len({program(**settings) for settings in variants}) == len(variants)

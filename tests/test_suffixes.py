@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from conftest import backends
 from tiny_aya_jax import model
 from tiny_aya_jax.model import attention, attention_splash, decode, losses, transformer
 from tiny_aya_jax.model.transformer import TinyAya
@@ -57,7 +58,7 @@ def lies_among(names, seen):
         yield f"{name} has {letter}={size}, {other} has {letter}={known}"
 
 
-@pytest.mark.parametrize("backend", sorted(attention.BACKENDS))
+@pytest.mark.parametrize("backend", backends())
 def test_no_suffix_lies_in_forward_loss_and_backward(cfg, params, batch, backend, monkeypatch):
   monkeypatch.setattr(attention, "CHUNK", 12)
   monkeypatch.setattr(attention_splash, "INTERPRET", True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from conftest import DOCUMENTS, T, packed
+from conftest import DOCUMENTS, T, backends, packed
 from tiny_aya_jax import axes
 from tiny_aya_jax.model import attention, attention_splash, losses, transformer
 from tiny_aya_jax.model.transformer import TinyAya
@@ -15,10 +15,10 @@ MESHES = [  # the last two, which split most letters, with every backend
   (dict(data=8, fsdp=1), "reference"),
   (dict(fsdp=8), "reference"),
   (dict(fsdp=4, tensor=2), "reference"),
-  *((dict(data=2, fsdp=2, tensor=2), backend) for backend in sorted(attention.BACKENDS)),
-  *((dict(data=2, fsdp=2, context=2), backend) for backend in sorted(attention.BACKENDS)),
+  *((dict(data=2, fsdp=2, tensor=2), backend) for backend in backends()),
+  *((dict(data=2, fsdp=2, context=2), backend) for backend in backends()),
 ]
-BACKENDS = sorted(attention.BACKENDS)
+BACKENDS = backends()
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ it, whose docstring and source (jax 0.10.2 to 0.12) say:
 - lengths [B, M] and offsets [B, M + 1] of a row's sequences, in tokens, are filled up with -1; the
   entries >= 0 of all rows are moved together, so a row gives as many offsets as lengths;
 - the window is (position - W, position]: W keys, the query included. jax.nn passes 1 + the left
-  half-width, so HF's 4096 is its (4095, 0) and 4096 here. W is given only with a causal mask: without
-  one the future is seen (jax#39576);
+  half-width, so HF's 4096 is its (4095, 0) and 4096 here. Without a causal mask beside it a window
+  shows the future (jax#39576): there is no such call in this file;
 - tokens of no sequence are left as the memory was. Padding is therefore a sequence too, as it is a
   segment in `reference`.
 One shard_map, as in attention_splash.py: the function's own sharding rule does not tie the lengths
@@ -33,8 +33,8 @@ VERSION = 90600  # cuDNN 9.6, the least that JAX's own test of packed rows asks 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position_BS, window):
   """`attention.reference` in 16 bits on a GPU; refuses what the kernel cannot do.
 
-  Rows attend to themselves, and each segment lies in one piece with positions that rise by one. If
-  a row of this device has more than SEGMENTS segments, its rows take `chunked`: slower, still right.
+  Rows attend to themselves, and each segment lies in one piece with positions that rise by one.
+  Where one row of a device has more than SEGMENTS segments, its rows take `chunked`: slower, right.
   """
   B, T, N, H = q_BTNH.shape
   refuse_unless_possible(q_BTNH.dtype, H, jax.devices()[0], axis_size("context"))
@@ -65,7 +65,7 @@ def refuse_unless_possible(dtype, H, device, context=1):
   capability = tuple(int(part) for part in device.compute_capability.split("."))
   if capability < (9, 0):
     raise run.Refused(
-        f"{asked} compute capability 9.0 (Hopper) or newer for packed rows, {device.device_kind} has "
+        f"{asked} compute capability 9.0 (Hopper) or newer, {device.device_kind} has "
         f"{device.compute_capability}: use 'chunked'"
     )
   if jnp.dtype(dtype) != jnp.bfloat16:
@@ -77,7 +77,7 @@ def refuse_unless_possible(dtype, H, device, context=1):
   try:
     version = library.check_cudnn_version()
   except RuntimeError:
-    raise run.Refused(f"{asked} cuDNN, which is not installed: pip install the 'cuda' extra") from None
+    raise run.Refused(f"{asked} cuDNN, which is not there: install the 'cuda' extra") from None
   least = 91100 if capability == (10, 3) else VERSION  # JAX refuses 10.3 below 9.11
   if version < least:
     raise run.Refused(f"{asked} cuDNN {least} or newer, {version} is installed")
@@ -140,9 +140,9 @@ def _each_by_its_own_heads(fix):
   """
 
   def fixed(q_seqlen, kv_seqlen, q_offsets, kv_offsets, query, key):
-    q_seqlen, _, q_offsets, _ = fix(q_seqlen, kv_seqlen, q_offsets, kv_offsets, query, query)
-    _, kv_seqlen, _, kv_offsets = fix(q_seqlen, kv_seqlen, q_offsets, kv_offsets, key, key)
-    return q_seqlen, kv_seqlen, q_offsets, kv_offsets
+    counts = q_seqlen, kv_seqlen, q_offsets, kv_offsets
+    queries, keys = fix(*counts, query, query), fix(*counts, key, key)
+    return queries[0], keys[1], queries[2], keys[3]
 
   return fixed
 
