@@ -146,14 +146,22 @@ def test_the_kernel_as_documented_equals_reference_forward_and_gradient(window):
   assert_close(ours, graded("reference", DOCUMENTS, window)(*inputs))
 
 
+def test_rows_of_an_odd_length_train_too():
+  documents = ((7, 1, 9), (10, 13))
+  inputs = heads(2, T=23)
+  expected = graded("reference", documents, 5, T=23)(*inputs)
+  assert_close(graded("cudnn", documents, 5, T=23)(*inputs), expected)
+
+
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_every_device_gives_the_kernel_its_own_rows_and_heads(sizes, monkeypatch):
   inputs = heads(len(DOCUMENTS))
   monkeypatch.setattr(attention_cudnn, "SEGMENTS", 5)  # one device takes `chunked`, the rest do not
   expected = graded("reference", DOCUMENTS, 5)(*inputs)
-  with jax.set_mesh(axes.mesh(**sizes, devices=jax.local_devices())):
-    placed = [axes.shard(x, letters) for x, letters in zip(inputs, ("BTNH", "BTKH", "BTKH", "BTNH"))]
-    ours = graded("cudnn", DOCUMENTS, 5)(*placed)
+  mesh = axes.mesh(**sizes, devices=jax.local_devices())
+  names = "q_BTNH", "k_BTKH", "v_BTKH", "direction_BTNH"
+  with jax.set_mesh(mesh):
+    ours = graded("cudnn", DOCUMENTS, 5)(*axes.place(mesh, dict(zip(names, inputs))).values())
   assert_close(ours, expected)
 
 
