@@ -18,6 +18,7 @@ from jax._src.interpreters import mlir
 from conftest import packed
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.model import attention, attention_cudnn
+from tiny_aya_jax.train import train
 
 library = attention_cudnn.library
 T, N, K, H = 24, 6, 2, 8
@@ -278,3 +279,14 @@ def test_float32_and_too_many_tokens_are_refused_where_it_is_called():
     call(*shapes(jnp.float32))
   with pytest.raises(run.Refused, match="33,554,432 tokens"):
     call(*shapes(jnp.bfloat16))
+
+
+def test_a_run_on_devices_without_the_kernel_is_refused_before_it_begins():
+  mesh = axes.mesh(devices=jax.local_devices())
+  config = types.SimpleNamespace(
+    attention="cudnn", dtype="bfloat16", model=types.SimpleNamespace(H=128)
+  )
+  with pytest.raises(run.Refused, match="an NVIDIA GPU, not cpu: use 'chunked'"):
+    train._check_attention(config, mesh)
+  config.attention = "chunked"
+  train._check_attention(config, mesh)
