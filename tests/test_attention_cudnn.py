@@ -42,7 +42,7 @@ def device(monkeypatch):
   return device
 
 
-def fused(q, k, v, _, q_length, k_length, q_offset, k_offset, *tables, is_training=True, **settings):
+def fused(q, k, v, _, q_length, k_length, q_offset, k_offset, *_tables, is_training=1, **settings):
   """cuDNN's ragged attention: sequence s is its lengths from its offsets on, in elements."""
   (B, T, N, H), (K, S) = q.shape, (k.shape[2], len(q_length.ravel()))
   assert settings["mask_type"] == library.MaskType.PADDING_CAUSAL

@@ -7,8 +7,8 @@ it, whose docstring and source (jax 0.10.2 to 0.12) say:
 - the window is (position - W, position]: W keys, the query included. jax.nn passes 1 + the left
   half-width, so HF's 4096 is its (4095, 0) and 4096 here. Without a causal mask beside it a window
   shows the future (jax#39576): there is no such call in this file;
-- tokens of no sequence are left as the memory was. Padding is therefore a sequence too, as it is a
-  segment in `reference`.
+- nothing is promised about tokens of no sequence (JAX's own test masks them out, gradients too).
+  Padding is therefore a sequence too, as it is a segment in `reference`.
 One shard_map, as in attention_splash.py: the function's own sharding rule does not tie the lengths
 to the rows.
 """
@@ -38,7 +38,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position_
   """
   B, T, N, H = q_BTNH.shape
   refuse_unless_possible(q_BTNH.dtype, H, jax.devices()[0], axis_size("context"))
-  tokens = B // (axis_size("data") * axis_size("fsdp")) * T
+  tokens, N = B // (axis_size("data") * axis_size("fsdp")) * T, N // axis_size("tensor")
   if tokens * N * H >= 2**31:
     raise run.Refused(
         f"attention 'cudnn' counts queries in 32 bits: {tokens:,} tokens of {N} heads of {H} on a "
@@ -51,7 +51,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position_
     attend = jax.shard_map(
         attend, in_specs=(heads, heads, heads, batch, batch), out_specs=heads, check_vma=False
     )
-  # JAX's check refuses odd rows in training, bias or not; a zero at the end is seen by none before it.
+  # JAX's check refuses odd rows in training, bias or not; none sees a zero at the end before it.
   rows = [
       jnp.pad(x, [(0, 0), (0, T % 2)] + [(0, 0)] * (x.ndim - 2))
       for x in (q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT)
