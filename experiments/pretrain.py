@@ -40,6 +40,7 @@ def get_config(variant="full"):
   ))
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
   c.dtype = "bfloat16"  # of activations; parameters and moments are float32 (report 3.1)
+  c.matmul = "dtype"  # or "fp8": of the layers, on GPUs that have it (model/fp8.py)
   c.attention = "chunked"
   c.remat = "full"
   c.unroll = 1  # periods a scan step

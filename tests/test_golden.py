@@ -81,6 +81,7 @@ def test_no_choice_of_the_model_is_dead(cfg, params, batch, monkeypatch):
   variants = [dict(backend=backend) for backend in run.CHOICES["attention"] if backend != "cudnn"]
   variants += [dict(remat=remat) for remat in run.CHOICES["remat"][1:]]
   variants += [dict(dtype=jnp.dtype(dtype)) for dtype in run.CHOICES["dtype"][1:]] + [dict(unroll=2)]
+  variants += [dict(matmul=matmul) for matmul in run.CHOICES["matmul"][1:]]
   assert len({program(**settings) for settings in variants}) == len(variants)
 
 

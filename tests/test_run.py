@@ -74,6 +74,7 @@ def test_a_wrong_command_line_is_refused_with_what_was_meant(capsys, argv, said)
     ("attention", "chunky", "did you mean 'chunked'?"),
     ("remat", "ful", "did you mean 'full'?"),
     ("dtype", "float16", "unknown config.dtype"),
+    ("matmul", "fp16", "did you mean 'fp8'?"),
     ("schedule.shape", "cosin", "did you mean 'cosine'?"),
     ("init_what", "param", "did you mean 'params'?"),
     ("init_what", "state", "config.init_from is not set"),

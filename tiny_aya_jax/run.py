@@ -50,10 +50,10 @@ def choose(what, given, choices):
   return given
 
 
-# What config.dtype, config.attention and config.remat may be, in every verb that has them.
+# What these fields of a config may be, in every verb that has them.
 CHOICES = dict(
     dtype=("float32", "bfloat16"), attention=("reference", "chunked", "splash", "cudnn"),
-    remat=("none", "full", "attn", "qkv", "minimal", "offload"),
+    remat=("none", "full", "attn", "qkv", "minimal", "offload"), matmul=("dtype", "fp8"),
 )
 
 

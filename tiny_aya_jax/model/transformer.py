@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from tiny_aya_jax.axes import axis_size, gather, shard
+from tiny_aya_jax.model import fp8
 from tiny_aya_jax.model.attention import attention, ring_write
 
 BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # one period: HF layers 4l .. 4l+3
@@ -33,7 +34,9 @@ class TinyAya(nn.Module):
   """Tokens to final hidden states; `logits` or `losses` turn those into predictions.
 
   dtype: of activations and matmuls (parameters stay fp32). backend: of attention. remat: what
-  each block keeps for its backward pass (KEEP, 'offload'), or 'none': everything. unroll: periods per scan step.
+  each block keeps for its backward pass (KEEP, 'offload'), or 'none': everything. unroll: periods
+  per scan step. matmul: 'dtype', or 'fp8' for the seven of each block (fp8.py); embedding and head
+  stay in dtype.
   """
 
   cfg: Any
@@ -41,6 +44,7 @@ class TinyAya(nn.Module):
   backend: str = "reference"
   remat: str = "none"
   unroll: int = 1
+  matmul: str = "dtype"
 
   @nn.compact
   def __call__(self, token_BT, segment_BT, position_BT):
@@ -54,7 +58,7 @@ class TinyAya(nn.Module):
     periods = nn.scan(
         Period, variable_axes=dict(params=0, cache=0), split_rngs=dict(params=True),
         in_axes=(nn.broadcast, nn.broadcast), length=self.cfg.L, unroll=self.unroll,
-    )(self.cfg, self.dtype, self.backend, self.remat, name="periods")
+    )(self.cfg, self.dtype, self.backend, self.remat, self.matmul, name="periods")
     x_BTD, _ = periods(x_BTD, segment_BT, position_BT)
     return layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), self.cfg)
 
@@ -127,6 +131,7 @@ class Period(nn.Module):
   dtype: Any
   backend: str
   remat: str
+  matmul: str
 
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
@@ -135,7 +140,7 @@ class Period(nn.Module):
     )
     for name in BLOCKS:
       window = None if name == "full" else self.cfg.window
-      x_BTD = block(self.cfg, self.dtype, self.backend, window, name=name)(
+      x_BTD = block(self.cfg, self.dtype, self.backend, window, self.matmul, name=name)(
           x_BTD, segment_BT, position_BT
       )
     return x_BTD, None
@@ -167,6 +172,7 @@ class Block(nn.Module):
   dtype: Any
   backend: str
   window: Any
+  matmul: str
 
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
@@ -175,9 +181,9 @@ class Block(nn.Module):
         "q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD")}
     y_BTD = layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), cfg)
 
-    q_BTNH = project(y_BTD, weights["q_DNH"], "BTD,DNH->BTNH")
-    k_BTKH = project(y_BTD, weights["k_DKH"], "BTD,DKH->BTKH")
-    v_BTKH = project(y_BTD, weights["v_DKH"], "BTD,DKH->BTKH")
+    q_BTNH = project(y_BTD, weights["q_DNH"], "BTD,DNH->BTNH", self.matmul)
+    k_BTKH = project(y_BTD, weights["k_DKH"], "BTD,DKH->BTKH", self.matmul)
+    v_BTKH = project(y_BTD, weights["v_DKH"], "BTD,DKH->BTKH", self.matmul)
     if self.window is not None:
       q_BTNH = rotate(q_BTNH, position_BT, cfg.rope_theta)
       k_BTKH = rotate(k_BTKH, position_BT, cfg.rope_theta)
@@ -196,11 +202,12 @@ class Block(nn.Module):
         q_BTNH, **keys, segment_BT=segment_BT, position_BT=position_BT, window=self.window,
         backend=self.backend,
     )
-    a_BTD = project(a_BTNH, weights["o_NHD"], "BTNH,NHD->BTD")
+    a_BTD = project(a_BTNH, weights["o_NHD"], "BTNH,NHD->BTD", self.matmul)
 
-    gate_BTF = checkpoint_name(project(y_BTD, weights["gate_DF"], "BTD,DF->BTF"), "gate")
-    up_BTF = checkpoint_name(project(y_BTD, weights["up_DF"], "BTD,DF->BTF"), "up")
-    f_BTD = project(jax.nn.silu(gate_BTF) * up_BTF, weights["down_FD"], "BTF,FD->BTD")
+    gate_BTF = checkpoint_name(
+        project(y_BTD, weights["gate_DF"], "BTD,DF->BTF", self.matmul), "gate")
+    up_BTF = checkpoint_name(project(y_BTD, weights["up_DF"], "BTD,DF->BTF", self.matmul), "up")
+    f_BTD = project(jax.nn.silu(gate_BTF) * up_BTF, weights["down_FD"], "BTF,FD->BTD", self.matmul)
     return shard(x_BTD + a_BTD + f_BTD, "BTD")
 
 
@@ -229,21 +236,22 @@ def layer_norm(x_BTD, norm_D, cfg):
   return (x32_BTD * scale * norm_D).astype(x_BTD.dtype)
 
 
-def project(x, weight, letters):
+def project(x, weight, letters, matmul):
   """einsum(letters, x, weight) for x = B T c.. and weight = c.. r..: a matmul over the width.
 
-  Tokens are flattened to one axis when T is not sharded: a contraction over two axes (every
-  weight gradient of a [B, T, D] einsum) runs at half speed on CPU (performance.md 1.8).
+  matmul: 'dtype', in x's own, or 'fp8'. Tokens are flattened to one axis when T is not sharded: a
+  contraction over two axes (every weight gradient of a [B, T, D] einsum) runs at half speed on CPU
+  (performance.md 1.8).
   """
   inputs, result = letters.split("->")
   contracted = len(inputs.split(",")[0]) - 2
-  if axis_size("context") > 1:
-    out = jnp.einsum(letters, x, weight)
-  else:
-    width = math.prod(weight.shape[:contracted])
-    flat = x.reshape(-1, width) @ weight.reshape(width, -1)
-    out = flat.reshape(*x.shape[:2], *weight.shape[contracted:])
-  return shard(out, result)
+  context, width = axis_size("context") > 1, math.prod(weight.shape[:contracted])
+  if context and matmul == "dtype":
+    return shard(jnp.einsum(letters, x, weight), result)
+  tokens = x.shape[:2] if context else (-1,)
+  product = fp8.dot if matmul == "fp8" else jnp.matmul
+  flat = product(x.reshape(*tokens, width), weight.reshape(width, -1))
+  return shard(flat.reshape(*x.shape[:2], *weight.shape[contracted:]), result)
 
 
 def rotate(x_BTNH, position_BT, theta):

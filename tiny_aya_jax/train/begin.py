@@ -57,7 +57,8 @@ def _resume(config, workdir, plan, tokenizer):
   done = meta["step"] - meta["start"]
   if config.steps < done:
     raise run.Refused(f"{path} has {done} steps behind it, config.steps is {config.steps}")
-  changes = _changes(meta["run"], facts(config)) + _changed_steps(meta, config, done)
+  before = dict(matmul="dtype") | meta["run"]  # all there was before the field
+  changes = _changes(before, facts(config)) + _changed_steps(meta, config, done)
   origin = _origin_now(config, meta)
   if origin != meta.get("origin"):
     changes.append(f"{config.init_from}, trained anew since")
@@ -160,7 +161,7 @@ def facts(config):
   """What a resume may change only with accept_change."""
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
               batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
-              dtype=config.dtype)
+              dtype=config.dtype, matmul=config.matmul)
 
 
 def _changes(before, now):

@@ -81,7 +81,7 @@ def plan(config, manifests):
 
 
 def _fields(config):
-  run.choose_fields(config, "remat", "attention", "dtype")
+  run.choose_fields(config, "remat", "attention", "dtype", "matmul")
   run.choose("config.schedule.shape", config.schedule.shape, SHAPES)
   run.choose("config.init_what", config.init_what, ("params", "state"))
   if not config.data.rows:

@@ -19,7 +19,8 @@ from tiny_aya_jax.train import optimizer
 def model(config):
   """The transformer that a train config describes."""
   return TinyAya(
-      config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll
+      config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll,
+      config.matmul,
   )
 
 
