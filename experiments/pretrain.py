@@ -41,7 +41,7 @@ def get_config(variant="full"):
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
   c.dtype = "bfloat16"  # of activations; parameters and moments are float32 (report 3.1)
   c.matmul = "dtype"  # or "fp8": of the layers, on GPUs that have it (model/fp8.py)
-  c.attention = "chunked"
+  c.attention = "splash"  # on TPU; "cudnn" on NVIDIA GPUs, "chunked" anywhere
   c.remat = "full"
   c.unroll = 1  # periods a scan step
   c.loss = ConfigDict(dict(z_loss=0.0, chunk=512))  # SmolLM3: z-loss off
@@ -103,6 +103,7 @@ def small(c):
   c.model.update(D=128, N=2, K=1, H=64, F=512, V=8192, L=1, window=128)
   c.data.update(batch=8, T=512, threads=1, prefetch=4)
   c.dtype = "float32"  # faster than bfloat16 on CPUs without bfloat16 units
+  c.attention = "chunked"
   c.remat = "none"
   c.loss.chunk = 64  # logits of 512 positions stay in the cache
   c.optimizer.adamw.b2 = 0.99  # small batches: a longer memory

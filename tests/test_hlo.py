@@ -325,6 +325,18 @@ def test_custom_calls_are_counted_by_target_and_kernel():
   }  # fmt: skip
 
 
+def test_an_instruction_whose_metadata_is_json_over_lines_is_one_instruction():
+  entry = (
+    '  %k.1 = f32[4,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", '
+    'frontend_attributes={kernel_metadata={\n"block": "{128}"\n}}, '
+    'metadata={op_name="jit(f)/splash_fwd/pallas_call"}\n'
+    "  ROOT %g.1 = f32[64,8]{1,0} all-gather(%k.1), replica_groups={{0,1}}, dimensions={0}"
+  )
+  (one,) = hlo.collectives(module(entry))
+  assert one.bytes == 64 * 8 * 4
+  assert hlo.custom_calls(module(entry)) == {("tpu_custom_call", "splash_fwd"): 1}
+
+
 TPU = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from jax.experimental import topologies

@@ -168,12 +168,12 @@ class Program(NamedTuple):
 def parse(text):
   """HLO text -> Program."""
   computations, entry, instructions = {}, None, None
-  for line in text.splitlines():
+  for line in whole_lines(text):
     header = re.match(r"(ENTRY )?(%[\w.\-]+) \(.*\{$", line)
     if header:
       name, root, instructions = header.group(2), None, {}
       entry = name if header.group(1) else entry
-    elif line.startswith("}"):
+    elif line == "}":
       computations[name] = Computation(instructions, root)
       instructions = None
     elif instructions is not None and " = " in line:
@@ -184,6 +184,18 @@ def parse(text):
     raise ValueError("not the text of an HLO module: no ENTRY computation")
   sizes = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
   return Program(computations, entry, math.prod(map(int, sizes)))
+
+
+def whole_lines(text):
+  """Lines, each with those that continue it: the metadata of a Pallas kernel is JSON over three."""
+  line = ""
+  for more in text.splitlines():
+    if line.startswith("  ") and more and more[0] not in " %E" and more != "}":
+      line += more
+    else:
+      yield line
+      line = more
+  yield line
 
 
 def parse_line(line):

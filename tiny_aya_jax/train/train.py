@@ -179,11 +179,18 @@ def _check_batch(config, mesh):
 
 
 def _check_attention(config, mesh):
-  if config.attention == "cudnn":  # before anything is restored or compiled
+  """Refuses a kernel that the devices do not have, before anything is restored or compiled."""
+  device = mesh.devices.flat[0]
+  if config.attention == "splash" and device.platform != "tpu":
+    raise run.Refused(
+        f"config.attention is 'splash', a kernel for TPUs, and the devices are {device.device_kind}: "
+        "choose 'cudnn' on NVIDIA GPUs, 'chunked' elsewhere"
+    )
+  if config.attention == "cudnn":
     from tiny_aya_jax.model import attention_cudnn
 
     attention_cudnn.refuse_unless_possible(
-        config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
+        config.dtype, config.model.H, device, mesh.shape["context"]
     )
 
 
