@@ -1,18 +1,16 @@
-"""Lowers and compiles the full-size forward pass for a TPU pod slice, on a machine without a TPU.
+"""Compiles the full-size training step for a TPU slice, on a machine without a TPU.
 
   pip install "jax[tpu]==0.10.2"
-  PYTHONPATH=. python launch/tpu_lowering.py [--topology=v5e:4x4] [--batch=16] [--T=8192]
+  PYTHONPATH=. python launch/tpu_lowering.py [--topology=v5e:4x4] [--rows=1] [--remat=full]
 
-Prints versions, shapes, compile seconds, peak memory a chip and the collectives of the optimised
-program. It proves that the program compiles and fits; it does not run it, and says nothing about
-speed. One sequence a chip (batch 16, fsdp 16) is how a pretraining step sees the forward pass.
+rows: sequences of 8,192 a chip. Prints versions, compile seconds, peak memory a chip, and the wire:
+bytes of whole tensors that a chip moves in a step, by kind of collective (hlo.py). It proves that
+the program compiles and fits; it does not run it, and says nothing about speed.
 """
 
 import argparse
-import collections
 import os
 import pathlib
-import re
 import time
 
 # A compile-only client: no metadata server, no chip, no lock against other processes.
@@ -27,79 +25,70 @@ os.environ.update(
 import importlib.metadata
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from tiny_aya_jax import axes, run
-from tiny_aya_jax.model import transformer
+from tiny_aya_jax import axes, chips, hlo, run
+from tiny_aya_jax.train import optimizer, step
 
 PRETRAIN = str(pathlib.Path(__file__).parents[1] / "experiments" / "pretrain.py")
-COLLECTIVES = (
-  r"= \S.*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
 GIB = 2**30
 
 
 def main():
   asked = parse()
-  topology = topologies.get_topology_desc(asked.topology, "tpu", chips_per_host_bounds=(2, 2, 1))
-  mesh = axes.mesh(fsdp=-1, devices=topology.devices)
-  for package in ("jax", "jaxlib", "libtpu", "flax"):
-    print(package, importlib.metadata.version(package))
-  if asked.batch % mesh.shape["fsdp"]:
-    raise run.Refused(f"--batch={asked.batch} does not split over {mesh.shape['fsdp']} chips")
-  print("topology", asked.topology, topology.devices[0].device_kind, "mesh", dict(mesh.shape))
-  with jax.set_mesh(mesh):
-    start = time.monotonic()
-    lowered = lower(mesh, asked.batch, asked.T)
-    print(f"lower {time.monotonic() - start:.1f} s", flush=True)
-    start = time.monotonic()
-    compiled = lowered.compile()
-    print(f"compile {time.monotonic() - start:.1f} s")
-  report(compiled)
+  slice = chips.parse(asked.topology)
+  config = run.load_config(PRETRAIN)
+  config.remat, config.data.batch = asked.remat, asked.rows * slice.size
+  config.mesh.fsdp, config.mesh.data = asked.fsdp, -1
+  mesh = axes.mesh(**config.mesh.to_dict(), devices=devices(slice))
+  print(", ".join(f"{name} {importlib.metadata.version(name)}"
+                  for name in ("jax", "jaxlib", "libtpu", "flax")))
+  print(f"{slice.name}, mesh {dict(mesh.shape)}, {asked.rows} x {config.data.T} a chip, "
+        f"remat {config.remat}, attention {config.attention}", flush=True)
+  begin = time.monotonic()
+  compiled = compile(config, mesh)
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  found = hlo.collectives(text)
+  print(
+      f"compiled in {time.monotonic() - begin:.0f} s; peak "
+      f"{memory.peak_memory_in_bytes / GIB:.2f} of {slice.chip.hbm_gib} GiB a chip, "
+      f"{memory.argument_size_in_bytes / GIB:.2f} of it state; wire {hlo.wire(found) / GIB:.2f} GiB, "
+      f"{hlo.asynchronous_share(found):.0%} asynchronous"
+  )
+  print(hlo.table(found))
+  kernels = {name: places for (_, name), places in hlo.custom_calls(text).items() if name}
+  print("kernels", kernels)
+  if not any("splash" in name for name in kernels):
+    raise run.Refused("the program holds no splash kernel: attention is not what the config says")
 
 
 def parse():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--topology", default="v5e:4x4")
-  parser.add_argument("--batch", type=int, default=16, help="sequences")
-  parser.add_argument("--T", type=int, default=8192, help="tokens of a sequence")
+  parser.add_argument("--rows", type=int, default=1, help="sequences a chip")
+  parser.add_argument("--remat", default="full", choices=run.CHOICES["remat"])
+  parser.add_argument("--fsdp", type=int, default=16, help="chips that share the state; data: the rest")
   return parser.parse_args()
 
 
-def lower(mesh, B, T):
-  """tokens [B, T] -> hidden states [B, T, D] in bfloat16, parameters fp32 and sharded by name."""
-  model = transformer.TinyAya(run.load_config(PRETRAIN).model, dtype=jnp.bfloat16, backend="chunked")
-  rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-  token_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
-  params = jax.eval_shape(  # the key inside: these devices cannot run anything
-    lambda *batch: model.init(jax.random.key(0), *batch), token_BT, token_BT, token_BT
-  )["params"]
-  params = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    params,
-    axes.shardings(mesh, params),
-  )
-  print("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}", "tokens", (B, T))
-
-  @jax.jit
-  def forward(params, token_BT, segment_BT, position_BT):
-    return model.apply({"params": params}, token_BT, segment_BT, position_BT)
-
-  return forward.lower(params, token_BT, token_BT, token_BT)
+def devices(slice):
+  """Devices of a slice that is not there: something to compile for."""
+  settings = dict(chip_config_name="megacore") if slice.chip.config_name == "megacore" else {}
+  if slice.chip.axes == 2 and any(slice.wrap):
+    settings["wrap"] = (*slice.wrap, False)
+  shape = slice.name.partition(":")[2]
+  return topologies.get_topology_desc(
+      f"{slice.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1), **settings
+  ).devices
 
 
-def report(compiled):
-  memory = compiled.memory_analysis()
-  print(
-    f"a chip holds {memory.argument_size_in_bytes / GIB:.2f} GiB of arguments, "
-    f"{memory.temp_size_in_bytes / GIB:.2f} GiB of temporaries, "
-    f"peak {memory.peak_memory_in_bytes / GIB:.2f} GiB"
-  )
-  output = jax.tree.leaves(compiled.out_info)[0]
-  print("hidden_BTD", output.shape, output.dtype, compiled.output_shardings.spec)
-  print("collectives", dict(collections.Counter(re.findall(COLLECTIVES, compiled.as_text()))))
+def compile(config, mesh):
+  """The train step of a config, compiled for the devices of a mesh."""
+  sources = 70  # one a language
+  rate = optimizer.schedule(config.schedule, config.steps)
+  with jax.set_mesh(mesh):
+    state = step.abstract(mesh, jax.eval_shape(step.scratch(config)))
+    return step.step(config, rate, sources).lower(state, step.batch(config, mesh)).compile()
 
 
 if __name__ == "__main__":
