@@ -1,4 +1,4 @@
-"""8-bit matmuls: which operands, in which format, how far from the exact product, and does it learn."""
+"""8-bit matmuls: which operands, in which format, how far from exact, and whether it learns."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ M, C, R = 48, 64, 32
 
 
 def dots(jaxpr):
-  """((left dtype, shape), (right dtype, shape)) of every dot in a jaxpr; a loop's body counts once."""
+  """((left dtype, shape), (right dtype, shape)) of every dot in a jaxpr; a loop counts once."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":
       yield tuple((operand.aval.dtype, operand.aval.shape) for operand in equation.invars)
@@ -93,20 +93,21 @@ def test_the_program_is_a_dot_of_8_bit_operands_whose_own_result_a_scalar_multip
       (f"{M}x{R}xf8E5M2", f"{C}x{R}xf8E4M3FN", f"{M}x{C}x{short}"),
       (f"{M}x{C}xf8E4M3FN", f"{M}x{R}xf8E5M2", f"{C}x{R}x{short}"),
   ):
-    dot = re.search(
-        rf"(%\S+) = stablehlo.dot_general .*\(tensor<{left}>, tensor<{right}>\) -> tensor<{shape}>", text)
+    types = rf"\(tensor<{left}>, tensor<{right}>\) -> tensor<{shape}>"
+    dot = re.search(rf"(%\S+) = stablehlo.dot_general .*{types}", text)
     assert dot, (left, right, shape)
     after = text[dot.end():]
     scaled = re.search(rf"stablehlo.multiply {dot[1]}, (%\S+) : tensor<{shape}>", after)
     assert scaled, after
-    assert re.search(
-        rf"{scaled[1]} = stablehlo.broadcast_in_dim .* \(tensor<{short}>\) -> tensor<{shape}>", after)
+    types = rf"\(tensor<{short}>\) -> tensor<{shape}>"
+    assert re.search(rf"{scaled[1]} = stablehlo.broadcast_in_dim .*{types}", after)
 
 
 def tensors(kind, dtype, seed=0):
   """x [M, C], w [C, R] and a gradient [M, R], at scales that 8 bits do not hold unscaled."""
   random = np.random.default_rng(seed)
-  scales = dict(plain=(1, 1, 1), small_and_large=(1e-6, 1e4, 1e-6), large_and_small=(1e4, 1e-6, 1e4),
+  scales = dict(plain=(1, 1, 1), small_and_large=(1e-6, 1e4, 1e-6),
+                large_and_small=(1e4, 1e-6, 1e4),
                 far=(1e-20, 1e20, 1e-5), outliers=(1, 1, 1))[kind]
   drawn = [random.normal(0, scale, shape)
            for scale, shape in zip(scales, ((M, C), (C, R), (M, R)))]
@@ -129,7 +130,7 @@ def rounding(array, dtype):
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("kind", ("plain", "small_and_large", "large_and_small", "far", "outliers"))
-def test_values_and_gradients_are_the_exact_products_within_the_rounding_of_the_formats(kind, dtype):
+def test_values_and_gradients_are_exact_within_the_rounding_of_the_formats(kind, dtype):
   x, w, g = tensors(kind, dtype)
   y, pull = jax.vjp(jax.jit(fp8.dot), x, w)
   dx, dw = pull(g)
@@ -188,7 +189,7 @@ def eight(cfg, params, batch):
 
 def test_the_gradient_of_the_whole_model_has_the_length_and_direction_of_bfloat16s(
     cfg, params, batch, eight):
-  """Through eight layers of random weights the roundings add up as unbiased noise of their size does.
+  """Through eight layers of random weights roundings add up as unbiased noise of their size does.
 
   Such noise in their place, six draws: 0.20 to 0.27 apart, 0.94 to 0.99 along the exact gradient.
   """
@@ -224,7 +225,8 @@ def test_accumulation_changes_nothing(cfg, params, batch):
 
 @pytest.mark.parametrize("sizes", (
     dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=2, context=2)), ids=str)
-def test_the_mesh_changes_nothing_as_the_scale_is_of_the_whole_tensor(cfg, params, batch, eight, sizes):
+def test_the_mesh_changes_nothing_as_the_scale_is_of_the_whole_tensor(
+    cfg, params, batch, eight, sizes):
   mesh = axes.mesh(**sizes)
   rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
   spread = axes.shardings(mesh, params)
@@ -234,6 +236,7 @@ def test_the_mesh_changes_nothing_as_the_scale_is_of_the_whole_tensor(cfg, param
   assert_same((loss, gradients), eight)
 
 
+T = 32
 TINY = ml_collections.ConfigDict(dict(
     D=64, F=128, N=4, K=2, H=16, V=256, L=1, window=16, rope_theta=50000.0, logit_scale=1.0,
     norm_epsilon=1e-5))
@@ -256,15 +259,15 @@ def curve(steps, **settings):
   model, tx = TinyAya(TINY, **settings), optax.chain(
       optax.clip_by_global_norm(1.0),
       optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, steps), b2=0.95))
-  token_SBT = jnp.asarray(walks(steps, 8, 64))
-  position_BT = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (8, 64))
-  ones_BT = jnp.ones((8, 64), jnp.int32)
+  token_SBT = jnp.asarray(walks(steps, 8, T))
+  position_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (8, T))
+  ones_BT = jnp.ones((8, T), jnp.int32)
 
   def loss(params, token_BT):
     sum, count, _ = step.next_token_loss(params, dict(
         token_BT=token_BT[:, :-1], target_BT=token_BT[:, 1:], segment_BT=ones_BT,
         position_BT=position_BT, weight_BT=ones_BT.astype(jnp.float32),
-    ), model=model, chunk=64, z_loss=0.0)
+    ), model=model, chunk=T, z_loss=0.0)
     return sum / count
 
   def advance(state, token_BT):
@@ -276,7 +279,7 @@ def curve(steps, **settings):
   params = TinyAya(TINY).init(jax.random.key(0), ones_BT, ones_BT, ones_BT)["params"]
   run = jax.jit(
       lambda state: jax.lax.scan(advance, state, token_SBT)[1],
-      compiler_options=dict(xla_backend_optimization_level=1),  # at 0 a step takes four times as long
+      compiler_options=dict(xla_backend_optimization_level=1),  # at 0 a step takes 4 times as long
   )
   return np.asarray(run((params, tx.init(params))))
 
@@ -288,8 +291,8 @@ def test_fp8_learns_what_bfloat16_and_float32_learn():
           fp8=dict(dtype=jnp.bfloat16, matmul="fp8"),
       ).items()}
   last = {name: curve[-50:].mean() for name, curve in losses.items()}
-  print(last)  # measured: 1.3369, 1.3368, 1.3378
-  assert losses["fp8"][0] > 5.5 and 1.28 < last["fp8"] < 1.4
+  print(last)  # measured: 1.3915, 1.3913, 1.3928
+  assert losses["fp8"][0] > 5.5 and 1.28 < last["fp8"] < 1.5
   assert not np.array_equal(losses["fp8"], losses["bfloat16"])
   for other in ("float32", "bfloat16"):
     assert abs(last["fp8"] / last[other] - 1) < 0.01, last
