@@ -36,22 +36,22 @@ GIB = 2**30
 
 def main():
   asked = parse()
-  slice = chips.parse(asked.topology)
+  target = chips.parse(asked.topology)
   config = run.load_config(PRETRAIN)
-  config.remat, config.data.batch = asked.remat, asked.rows * slice.size
+  config.remat, config.data.batch = asked.remat, asked.rows * target.size
   config.mesh.fsdp, config.mesh.data = asked.fsdp, -1
-  mesh = axes.mesh(**config.mesh.to_dict(), devices=devices(slice))
+  mesh = axes.mesh(**config.mesh.to_dict(), devices=devices(target))
   print(", ".join(f"{name} {importlib.metadata.version(name)}"
                   for name in ("jax", "jaxlib", "libtpu", "flax")))
-  print(f"{slice.name}, mesh {dict(mesh.shape)}, {asked.rows} x {config.data.T} a chip, "
+  print(f"{target.name}, mesh {dict(mesh.shape)}, {asked.rows} x {config.data.T} a chip, "
         f"remat {config.remat}, attention {config.attention}", flush=True)
   begin = time.monotonic()
-  compiled = compile(config, mesh)
+  compiled = compiled_step(config, mesh)
   memory, text = compiled.memory_analysis(), compiled.as_text()
   found = hlo.collectives(text)
   print(
       f"compiled in {time.monotonic() - begin:.0f} s; peak "
-      f"{memory.peak_memory_in_bytes / GIB:.2f} of {slice.chip.hbm_gib} GiB a chip, "
+      f"{memory.peak_memory_in_bytes / GIB:.2f} of {target.chip.hbm_gib} GiB a chip, "
       f"{memory.argument_size_in_bytes / GIB:.2f} of it state; wire {hlo.wire(found) / GIB:.2f} GiB, "
       f"{hlo.asynchronous_share(found):.0%} asynchronous"
   )
@@ -71,18 +71,18 @@ def parse():
   return parser.parse_args()
 
 
-def devices(slice):
+def devices(target):
   """Devices of a slice that is not there: something to compile for."""
-  settings = dict(chip_config_name="megacore") if slice.chip.config_name == "megacore" else {}
-  if slice.chip.axes == 2 and any(slice.wrap):
-    settings["wrap"] = (*slice.wrap, False)
-  shape = slice.name.partition(":")[2]
+  settings = dict(chip_config_name="megacore") if target.chip.config_name == "megacore" else {}
+  if target.chip.axes == 2 and any(target.wrap):
+    settings["wrap"] = (*target.wrap, False)
+  shape = target.name.partition(":")[2]
   return topologies.get_topology_desc(
-      f"{slice.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1), **settings
+      f"{target.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1), **settings
   ).devices
 
 
-def compile(config, mesh):
+def compiled_step(config, mesh):
   """The train step of a config, compiled for the devices of a mesh."""
   sources = 70  # one a language
   rate = optimizer.schedule(config.schedule, config.steps)

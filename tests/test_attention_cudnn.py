@@ -18,7 +18,6 @@ from jax._src.interpreters import mlir
 from conftest import packed
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.model import attention, attention_cudnn
-from tiny_aya_jax.train import train
 
 library = attention_cudnn.library
 T, N, K, H = 24, 6, 2, 8
@@ -281,12 +280,16 @@ def test_float32_and_too_many_tokens_are_refused_where_it_is_called():
     call(*shapes(jnp.bfloat16))
 
 
-def test_a_run_on_devices_without_the_kernel_is_refused_before_it_begins():
-  mesh = axes.mesh(devices=jax.local_devices())
-  config = types.SimpleNamespace(
-    attention="cudnn", dtype="bfloat16", model=types.SimpleNamespace(H=128)
-  )
-  with pytest.raises(run.Refused, match="an NVIDIA GPU, not cpu: use 'chunked'"):
-    train._check_attention(config, mesh)
-  config.attention = "chunked"
-  train._check_attention(config, mesh)
+@pytest.mark.parametrize("backend", ["cudnn", "splash"])
+def test_a_kernel_that_the_devices_lack_is_refused_before_anything_begins(backend):
+  cpu = jax.local_devices()[0]
+  with pytest.raises(run.Refused, match=backend):
+    attention.refuse_unless_possible(backend, "bfloat16", 128, cpu)
+  for possible in ("chunked", "reference"):
+    attention.refuse_unless_possible(possible, "bfloat16", 128, cpu)
+
+
+def test_rows_that_the_kernel_leaves_to_another_are_named():
+  few, many = (np.repeat(np.arange(1, n + 1), 2)[None] for n in (attention_cudnn.SEGMENTS, attention_cudnn.SEGMENTS + 1))
+  assert attention.slow_rows("cudnn", few) == "" == attention.slow_rows("chunked", many)
+  assert f"{attention_cudnn.SEGMENTS + 1} segments" in attention.slow_rows("cudnn", many)

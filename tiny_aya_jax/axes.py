@@ -115,8 +115,12 @@ def axis_size(axis):
 
 def activation(mesh, name):
   """NamedSharding of an activation by the letters of its name: 'token_BT'."""
-  letters = name.rpartition("_")[2]
-  return NamedSharding(mesh, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters)))
+  return NamedSharding(mesh, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters(name))))
+
+
+def letters(name):
+  """'q_DNH' -> 'DNH'."""
+  return name.rpartition("_")[2]
 
 
 def place(mesh, batch):

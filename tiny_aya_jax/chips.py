@@ -1,8 +1,7 @@
-"""What is known of each TPU, as data: memory, peaks, links, price, how XLA is asked to compile for it.
+"""What is known of each TPU, as data: memory and shape.
 
-Read by plan.py and train.py. No jax here. Sources: docs.cloud.google.com/tpu/docs (v5e, v5p, v6e, read
-2026-11), the memory that XLA reports as usable (performance figures of LOG.md), and for the links
-the scaling book: one direction of one link, of which a torus axis has two if it is wrapped.
+Read by launch/tpu_lowering.py. No jax here. Memory is what XLA reports as usable, 16, 95 and 32 GB by
+docs.cloud.google.com/tpu/docs (read 2026-11).
 """
 
 import math
@@ -12,22 +11,19 @@ from tiny_aya_jax import run
 
 
 class Chip(NamedTuple):
-  """A chip: topology_name of get_topology_desc; usable HBM in GiB; FLOP/s in bf16; bytes/s."""
+  """A chip, by the names of jax.experimental.topologies.get_topology_desc."""
 
   platform_name: str
   config_name: str
   axes: int  # of the torus
-  hbm_gib: float
-  flops: float
-  hbm_bandwidth: float
-  link_bandwidth: float  # one direction of one link
+  hbm_gib: float  # usable
   wraps_at: int  # an axis of this many chips, or a multiple, is a ring
 
 
 CHIPS = dict(
-    v5e=Chip("v5e", "default", 2, 15.75, 197e12, 819e9, 45e9, 16),
-    v5p=Chip("v5", "megacore", 3, 95.73, 459e12, 2765e9, 90e9, 4),
-    v6e=Chip("v6e", "default", 2, 31.24, 918e12, 1638e9, 90e9, 16),
+    v5e=Chip("v5e", "default", 2, 15.75, 16),
+    v5p=Chip("v5", "megacore", 3, 95.73, 4),
+    v6e=Chip("v6e", "default", 2, 31.24, 16),
 )
 
 
@@ -47,12 +43,6 @@ class Slice(NamedTuple):
     """Which axes are rings; on three axes only all of them together (full cubes)."""
     rings = tuple(axis % self.chip.wraps_at == 0 for axis in self.shape)
     return rings if self.chip.axes == 2 else (all(rings),) * 3
-
-  @property
-  def gather_bandwidth(self):
-    """Bytes/s with which a chip receives an all-gather over all chips, every link at work."""
-    links = sum(1 + ring for ring, axis in zip(self.wrap, self.shape) if axis > 1)
-    return links * self.chip.link_bandwidth
 
 
 def parse(name):

@@ -107,12 +107,15 @@ def bits_per_byte(path, manifests, tokenizer, mesh, config):
   import jax.numpy as jnp
 
   from tiny_aya_jax import axes
-  from tiny_aya_jax.model import bits
+  from tiny_aya_jax.model import attention, bits
   from tiny_aya_jax.model.transformer import TinyAya
   from tiny_aya_jax.train import checkpoint
 
   params, meta = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
   cfg = ml_collections.ConfigDict(meta["model"])
+  attention.refuse_unless_possible(
+      config.attention, config.dtype, cfg.H, mesh.devices.flat[0], mesh.shape["context"]
+  )
   with jax.set_mesh(mesh):
     model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention)
     codes = [manifest["language"] for manifest in manifests]

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tiny_aya_jax import run
+
 CHUNK = 64  # least queries a block of `chunked`: the fastest of 32..256 on CPU at T=512
 MOST_BLOCKS = 16  # of `chunked`: each is compiled by itself, so the blocks of a long row are longer
 
@@ -73,6 +75,36 @@ def cudnn(*inputs):
   from tiny_aya_jax.model import attention_cudnn  # reaches into JAX: only where it is asked for
 
   return attention_cudnn.cudnn(*inputs)
+
+
+def refuse_unless_possible(backend, dtype, H, device, context=1):
+  """Refuses, before anything is compiled, a kernel that the device does not have.
+
+  H: head width. context: devices that share a row's queries.
+  """
+  if backend == "splash" and device.platform != "tpu":
+    raise run.Refused(
+        f"config.attention is 'splash', a kernel for TPUs, and the devices are {device.device_kind}: "
+        "choose 'cudnn' on NVIDIA GPUs, 'chunked' elsewhere"
+    )
+  if backend == "cudnn":
+    from tiny_aya_jax.model import attention_cudnn
+
+    attention_cudnn.refuse_unless_possible(dtype, H, device, context)
+
+
+def slow_rows(backend, segment_BT):
+  """What to say of rows [B, T] on the host that the backend's kernel leaves to `chunked`; or ''."""
+  if backend != "cudnn":
+    return ""
+  from tiny_aya_jax.model import attention_cudnn
+
+  most = 1 + int((segment_BT[:, 1:] != segment_BT[:, :-1]).sum(1).max())
+  limit = attention_cudnn.SEGMENTS
+  return "" if most <= limit else (
+      f"a row has {most} segments, more than the {limit} that attention 'cudnn' takes: the rows of its "
+      "device attend by 'chunked', which is slower; said once"
+  )
 
 
 BACKENDS = dict(reference=reference, chunked=chunked, splash=splash, cudnn=cudnn)

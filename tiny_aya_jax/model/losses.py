@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 HEAD = ("tensor", "fsdp")  # the axes that share the vocabulary, outermost first
-_ROWS, _TOKENS = ("data", "fsdp"), PartitionSpec(("data", "fsdp"), "context")
+_TOKENS = PartitionSpec(("data", "fsdp"), "context")
 _TABLE = PartitionSpec("tensor", "fsdp")
 
 

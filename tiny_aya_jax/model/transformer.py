@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from tiny_aya_jax.axes import axis_size, gather, shard
+from tiny_aya_jax.axes import axis_size, gather, letters, shard
 from tiny_aya_jax.model import fp8
 from tiny_aya_jax.model.attention import attention, ring_write
 
@@ -221,11 +221,6 @@ def logits(params, hidden_BTD, cfg):
 def weight(module, name, init=normal):
   """A parameter whose name is its shape: weight(self, "q_DNH") is [D, N, H], fp32."""
   return module.param(name, init, tuple(getattr(module.cfg, letter) for letter in letters(name)))
-
-
-def letters(name):
-  """'q_DNH' -> 'DNH'."""
-  return name.rpartition("_")[2]
 
 
 def layer_norm(x_BTD, norm_D, cfg):

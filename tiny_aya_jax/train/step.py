@@ -44,7 +44,6 @@ def step(config, rate, sources):
 def scratch(config):
   """A function of nothing: the state {"step", "params", "optimizer"} of a run that begins."""
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-
   shape = TinyAya(config.model)  # parameters do not depend on how they are used
 
   def draw():
@@ -70,7 +69,7 @@ def batch(config, mesh):
   names |= dict(weight_BT=jnp.float32, source_B=jnp.int32)
   return {
       name: jax.ShapeDtypeStruct(
-          (B, T)[: len(name.rpartition("_")[2])], dtype, sharding=axes.activation(mesh, name)
+          (B, T)[: len(axes.letters(name))], dtype, sharding=axes.activation(mesh, name)
       )
       for name, dtype in names.items()
   }

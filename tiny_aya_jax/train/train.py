@@ -18,7 +18,7 @@ import numpy as np
 
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.model import bits
+from tiny_aya_jax.model import attention, bits
 from tiny_aya_jax.train import begin as begins, checkpoint, metrics, optimizer, saved, start, step
 
 
@@ -29,7 +29,9 @@ def main(config, workdir, plan, validation, tokenizer):
   """
   mesh = axes.mesh(**config.mesh.to_dict())
   _check_batch(config, mesh)
-  _check_attention(config, mesh)
+  attention.refuse_unless_possible(
+      config.attention, config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
+  )
   with _lock(workdir), jax.set_mesh(mesh):
     model = step.model(config)
     begin = begins.decide(config, workdir, plan, tokenizer)  # again, now that nobody else saves
@@ -96,11 +98,16 @@ def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, 
   if first == start or (_due(config, first - start) and not metrics.evaluated(workdir, first)):
     assess(first)
     since = time.monotonic()
+  slow = False  # whether it was said that the kernel leaves some rows to another
   batches = rows.batches(first, config.data.threads, config.data.prefetch)
   ticks = range(first, last)
   for at in run.progress(ticks, "train") if sys.stdout.isatty() else ticks:
     _profile(config, workdir, at - start)
-    state, report = advance(state, axes.place(mesh, next(batches)))
+    batch = next(batches)
+    if (why := attention.slow_rows(config.attention, batch["segment_BT"])) and not slow:
+      slow = True
+      run.say(f"step {at - start + 1}: {why}")
+    state, report = advance(state, axes.place(mesh, batch))
     reports.append(report)
     done = at + 1
     ended = done == last or stop() or _time_up(config, began)
@@ -175,22 +182,6 @@ def _check_batch(config, mesh):
   if config.data.T % mesh.shape["context"]:
     raise run.Refused(
         f"rows of T={config.data.T} do not split over {mesh.shape['context']} devices of 'context'"
-    )
-
-
-def _check_attention(config, mesh):
-  """Refuses a kernel that the devices do not have, before anything is restored or compiled."""
-  device = mesh.devices.flat[0]
-  if config.attention == "splash" and device.platform != "tpu":
-    raise run.Refused(
-        f"config.attention is 'splash', a kernel for TPUs, and the devices are {device.device_kind}: "
-        "choose 'cudnn' on NVIDIA GPUs, 'chunked' elsewhere"
-    )
-  if config.attention == "cudnn":
-    from tiny_aya_jax.model import attention_cudnn
-
-    attention_cudnn.refuse_unless_possible(
-        config.dtype, config.model.H, device, mesh.shape["context"]
     )
 
 
