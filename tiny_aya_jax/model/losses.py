@@ -130,9 +130,7 @@ def _own_rows(axes, d_all_BTD):
   d_all_BTD = _over(axes, jax.lax.psum, d_all_BTD, ("tensor",))
   if "fsdp" not in axes:
     return d_all_BTD
-  B, T, D = d_all_BTD.shape
-  flat = d_all_BTD.reshape(B * T, D)  # in three dimensions a TPU adds them up everywhere, then cuts
-  return jax.lax.psum_scatter(flat, "fsdp", tiled=True).reshape(-1, T, D)
+  return jax.lax.psum_scatter(d_all_BTD, "fsdp", scatter_dimension=0, tiled=True)
 
 
 def _chunk_loss(axes, hidden_BTD, target_BT, weight_BT, head_VD, V, logit_scale, z_loss):
