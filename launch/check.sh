@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What CI runs: installs, then every test, the tiny pipeline among them; prints the ten slowest.
 #
-#   bash launch/check.sh          in CI, 15 to 20 minutes cold on two cores
+#   bash launch/check.sh          in CI, 20 to 25 minutes cold on two cores
 #   bash launch/check.sh full     also Python 3.12 ($PYTHON312), and the training step compiled for a TPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
