@@ -46,7 +46,9 @@ def main():
   print(f"{target.name}, mesh {dict(mesh.shape)}, {asked.rows} x {config.data.T} a chip, "
         f"remat {config.remat}, attention {config.attention}", flush=True)
   begin = time.monotonic()
-  compiled = compiled_step(config, mesh)
+  sources = 70  # one a language
+  rate = optimizer.schedule(config.schedule, config.steps)
+  compiled = step.compiled(config, mesh, rate, sources)
   memory, text = compiled.memory_analysis(), compiled.as_text()
   found = hlo.collectives(text)
   print(
@@ -80,15 +82,6 @@ def devices(target):
   return topologies.get_topology_desc(
       f"{target.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1), **settings
   ).devices
-
-
-def compiled_step(config, mesh):
-  """The train step of a config, compiled for the devices of a mesh."""
-  sources = 70  # one a language
-  rate = optimizer.schedule(config.schedule, config.steps)
-  with jax.set_mesh(mesh):
-    state = step.abstract(mesh, jax.eval_shape(step.scratch(config)))
-    return step.step(config, rate, sources).lower(state, step.batch(config, mesh)).compile()
 
 
 if __name__ == "__main__":

@@ -54,3 +54,12 @@ def parse(name):
     example = "x".join(["4"] * chip.axes)
     raise run.Refused(f"topology {name!r}: {kind} has {chip.axes} axes, for example {kind}:{example}")
   return Slice(name, chip, sizes)
+
+
+# What XLA is told, by device kind as JAX names it; everything else is left at libtpu's default.
+COMPILER_OPTIONS = {}
+
+
+def compiler_options(device_kind):
+  """{option: value} for jax's compile(compiler_options=...); {} for kinds that need none."""
+  return COMPILER_OPTIONS.get(device_kind, {})

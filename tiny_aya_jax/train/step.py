@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tiny_aya_jax import axes
+from tiny_aya_jax import axes, chips
 from tiny_aya_jax.axes import axis_size
 from tiny_aya_jax.model import bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
@@ -39,6 +39,14 @@ def step(config, rate, sources):
       ),
       donate_argnums=0,
   )
+
+
+def compiled(config, mesh, rate, sources):
+  """`step` compiled for the devices of a mesh, there or not (plan.py): a jax.stages.Compiled."""
+  with jax.set_mesh(mesh):
+    state = abstract(mesh, jax.eval_shape(scratch(config)))
+    lowered = step(config, rate, sources).lower(state, batch(config, mesh))
+    return lowered.compile(compiler_options=chips.compiler_options(mesh.devices.flat[0].device_kind))
 
 
 def scratch(config):
