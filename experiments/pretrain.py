@@ -31,14 +31,16 @@ def get_config(variant="full"):
       validation=config_dict.placeholder(str),  # rows for bits per byte in the loop
       plan=config_dict.placeholder(str),  # a plan file, instead of the mixture
       mixture=mixture(),
-      batch=288,  # rows: 2.36M tokens, SmolLM3's (tiny_aya.md 5.4)
+      # rows: 2.1M tokens; ours: SmolLM3's 2.36M (tiny_aya.md 5.4), made to split over 16 to 256 chips
+      batch=256,
       T=8192,
       seed=0,
       accept_change=False,
       threads=4,  # ours: readers ahead of the step, 0: none; the batches do not depend on it
       prefetch=8,
   ))
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
+  # 16 chips share the state, which is then 2.3 GiB a chip; more would cut matrices into slivers
+  c.mesh = ConfigDict(dict(data=-1, fsdp=16, tensor=1, context=1))
   c.dtype = "bfloat16"  # of activations; parameters and moments are float32 (report 3.1)
   c.matmul = "dtype"  # or "fp8": of the layers, on GPUs that have it (model/fp8.py)
   c.attention = "splash"  # on TPU; "cudnn" on NVIDIA GPUs, "chunked" anywhere
@@ -51,7 +53,7 @@ def get_config(variant="full"):
       shape="wsd", peak=2e-4, final=0.0, warmup_steps=2000,
       decay_steps=0,  # the cooldown is its own experiment (cooldown.py)
   ))
-  c.steps = 2_543_131  # 6T tokens (report 2.2) at 2.36M a step
+  c.steps = 2_861_023  # 6T tokens (report 2.2) at 2.1M a step
   c.accumulate = 1
   c.log_every = 10
   c.evaluate_every = 5000
@@ -62,6 +64,8 @@ def get_config(variant="full"):
   c.stop_after = config_dict.placeholder(int)  # seconds, then save and exit 75
   c.profile = ()  # (start, stop): trace these steps to WORKDIR/profile
   c.show = config_dict.placeholder(int)  # print so many rows and exit
+  c.topology = config_dict.placeholder(str)  # plan: v5e:4x4,v5p:2x2x4; train refuses other devices
+  c.price = config_dict.placeholder(float)  # plan: USD a chip-hour, instead of chips.py's
   if variant != "full":
     small(c)
   if variant == "tiny":
@@ -102,6 +106,7 @@ def small(c):
   """Real text, 9.8M tokens in half an hour on two cores; every number ours, chosen in LOG.md."""
   c.model.update(D=128, N=2, K=1, H=64, F=512, V=8192, L=1, window=128)
   c.data.update(batch=8, T=512, threads=1, prefetch=4)
+  c.mesh.update(data=1, fsdp=-1)
   c.dtype = "float32"  # faster than bfloat16 on CPUs without bfloat16 units
   c.attention = "chunked"
   c.remat = "none"

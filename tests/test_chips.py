@@ -1,5 +1,7 @@
 """chips: names of TPU slices, read or refused."""
 
+import types
+
 import pytest
 
 from tiny_aya_jax import chips, run
@@ -15,3 +17,22 @@ def test_a_slice_knows_its_size_and_which_axes_are_rings():
 def test_anything_else_is_refused_with_what_would_do(name):
   with pytest.raises(run.Refused, match="did you mean|for example|expected one of"):
     chips.parse(name)
+
+
+def device(kind):
+  return types.SimpleNamespace(device_kind=kind)
+
+
+def test_what_xla_is_told_is_found_by_the_kind_of_device():
+  for name, chip in chips.CHIPS.items():
+    for kind in chip.kinds:
+      assert chips.compiler_options(kind) == chips.COMPILER_OPTIONS[name]
+  assert chips.compiler_options("cpu") == {}
+
+
+def test_a_run_on_other_devices_than_it_names_is_refused():
+  chips.refuse_other(None, [device("cpu")])
+  chips.refuse_other("v5e:2x2", [device("TPU v5 lite")] * 4)
+  for devices in ([device("cpu")] * 4, [device("TPU v5 lite")] * 8):
+    with pytest.raises(run.Refused, match="v5e:2x2, 4 chips"):
+      chips.refuse_other("v5e:2x2", devices)

@@ -86,6 +86,19 @@ def test_the_full_model_costs_what_the_roofline_says(
     assert round(parts[name], 2 if name == "total" else 3) == value, name
 
 
+@pytest.mark.parametrize(
+  "remat, again", [("full", 4.68), ("attn", 3.70), ("qkv", 3.25), ("minimal", 0), ("none", 0)]
+)
+def test_remat_does_again_what_the_roofline_says(full, remat, again):
+  attention = sum(flops.per_token(full, 8192)[name] for name in ("attn_full", "attn_slide"))
+  assert abs((flops.recomputed(full, 8192, remat) - attention / 2) / 1e9 - again) < 0.006
+
+
+def test_every_remat_has_its_price(full):
+  for remat in run.CHOICES["remat"]:
+    assert flops.recomputed(full, 8192, remat) > 0
+
+
 @pytest.mark.parametrize("documents", [(11, 10), (21,), (0, 5), (-1, 5)])
 def test_documents_that_do_not_fit_the_row_are_refused(cfg, documents):
   with pytest.raises(ValueError, match="row of 20"):

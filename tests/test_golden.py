@@ -21,7 +21,7 @@ from test_run import CASES, leaves
 from tiny_aya_jax import run
 from tiny_aya_jax.model import attention_splash
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import door, optimizer, step
+from tiny_aya_jax.train import fields, optimizer, step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -89,8 +89,8 @@ def test_no_schedule_is_another_under_a_second_name():
   config = run.load_config(str(pathlib.Path(__file__).parents[1] / "experiments/pretrain.py")).schedule
   config.update(warmup_steps=5, decay_steps=20, peak=1.0)
   curves = set()
-  for shape in door.SHAPES:
+  for shape in fields.SHAPES:
     config.shape = shape
     rate = optimizer.schedule(config, steps=100)
     curves.add(tuple(float(rate(step)) for step in range(0, 100, 9)))
-  assert len(curves) == len(door.SHAPES)
+  assert len(curves) == len(fields.SHAPES)

@@ -37,6 +37,24 @@ def per_token(cfg, T, documents=None):
   return dict(parts, forward=forward, total=3 * forward)
 
 
+def recomputed(cfg, T, remat):
+  """Operations per token that a block does again for its backward pass, by config.remat.
+
+  What is kept is model/transformer.py's KEEP. A kernel without the scores makes those again too:
+  half of a forward attention, whatever is kept.
+  """
+  parts = per_token(cfg, T)
+  blocks = sum(BLOCKS.values()) * cfg.L
+  attention = parts["attn_full"] + parts["attn_slide"]
+  qkv = 2 * blocks * cfg.D * (cfg.N + 2 * cfg.K) * cfg.H
+  gate_up = 2 * blocks * 2 * cfg.D * cfg.F
+  again = dict(
+    full=attention + qkv + gate_up, attn=qkv + gate_up, qkv=gate_up, offload=gate_up, minimal=0,
+    none=0,
+  )  # fmt: skip
+  return again[remat] + attention / 2
+
+
 def parameters(cfg):
   """Number of parameters: the table once (it is the head too), the blocks and their norms."""
   block = projections(cfg) + feed_forward(cfg) + cfg.D

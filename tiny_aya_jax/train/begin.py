@@ -11,7 +11,7 @@ import pathlib
 from typing import NamedTuple
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import mixture
+from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.train import saved
 
 
@@ -128,6 +128,23 @@ def _follow(config, data, plan, start, start_row):
     return plan
   followed = rule(config, plan["sources"], start, start_row)
   return mixture.append(data["plan"], row, followed, plan["sources"])
+
+
+def plan(config, manifests):
+  """The run's plan: config.data.plan, a file, or the rule of config.data.mixture over the rows."""
+  if config.data.plan:
+    given = run.read_json(config.data.plan, "config.data.plan")
+    mixture.check(given, config.data.plan)
+    for key, value in dict(T=config.data.T, tokenizer_sha256=manifests[0]["tokenizer_sha256"]).items():
+      if given[key] != value:
+        raise run.Refused(f"{config.data.plan} is for rows of {key} {given[key]}, these have {value}")
+    places = {manifest["name"]: manifest["path"] for manifest in manifests}  # rows may have moved
+    given["sources"] = [source | dict(path=places.get(source["name"], source["path"]))
+                        for source in given["sources"]]
+    loader.planned(given)
+    run.say(f"config.data.plan is followed, {config.data.plan}: config.data.mixture is not read")
+    return given
+  return mixture.plan(manifests, rule(config, manifests))
 
 
 def rule(config, sources, start=0, start_row=0):

@@ -16,10 +16,12 @@ import time
 import jax
 import numpy as np
 
-from tiny_aya_jax import axes, run
+from tiny_aya_jax import axes, chips, run
 from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.model import attention, bits
-from tiny_aya_jax.train import begin as begins, checkpoint, metrics, optimizer, saved, start, step
+from tiny_aya_jax.train import (
+    begin as begins, checkpoint, fields, metrics, optimizer, saved, start, step
+)
 
 
 def main(config, workdir, plan, validation, tokenizer):
@@ -28,7 +30,8 @@ def main(config, workdir, plan, validation, tokenizer):
   plan, validation (manifests) and tokenizer come from door.check. Resumes by the workdir alone.
   """
   mesh = axes.mesh(**config.mesh.to_dict())
-  _check_batch(config, mesh)
+  chips.refuse_other(config.topology, mesh.devices.flatten())
+  fields.check_batch(config, mesh)
   attention.refuse_unless_possible(
       config.attention, config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
   )
@@ -169,20 +172,6 @@ def _extremes(languages):
   order = sorted(languages, key=lambda language: languages[language]["loss"])
   shown = [order[0], order[-1]] if len(order) > 1 else order
   return "  ".join(f"{language} {languages[language]['loss']:.2f}" for language in shown)
-
-
-def _check_batch(config, mesh):
-  devices = mesh.shape["data"] * mesh.shape["fsdp"]
-  rows = config.data.batch // config.accumulate
-  if rows % devices:
-    raise run.Refused(
-        f"a batch of {config.data.batch} rows in {config.accumulate} parts leaves {rows} rows, which "
-        f"do not split over {devices} devices of (data, fsdp)"
-    )
-  if config.data.T % mesh.shape["context"]:
-    raise run.Refused(
-        f"rows of T={config.data.T} do not split over {mesh.shape['context']} devices of 'context'"
-    )
 
 
 def _record(config, workdir, mesh, model, state, tokenizer):
