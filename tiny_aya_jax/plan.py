@@ -22,6 +22,7 @@ GIB = 2**30
 PLANNED_MFU = 0.40  # no roofline is reached: what to count on until it was measured
 HOST_BANDWIDTH = 1e9  # bytes a second that a host writes to storage; assumed
 BYTES_A_TOKEN = 4  # of text whose rows are not packed yet; assumed
+EXACT = ("parameters", "moments", "kept for the backward pass")  # of `estimate`
 TRIES = 3  # changes that are compiled, at most, to find one that fits
 
 
@@ -79,33 +80,40 @@ def answer(config, target):
   """Compiles the step of a config for a slice -> Answer; refuses a mesh or batch that cannot be."""
   import jax
 
+  from tiny_aya_jax.train import step
+
+  mesh, began, text = mesh_of(config, target), time.monotonic(), None
+  try:
+    compiled = compile_for(config, mesh)
+    peak, text = compiled.memory_analysis().peak_memory_in_bytes, compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    peak = _asked(error)
+  state = jax.tree.leaves(jax.eval_shape(step.scratch(config)))
+  parts = {name: bytes for name, bytes in estimate(config, mesh.shape).items() if name in EXACT}
+  parts["gradients and what one layer and the loss work on"] = max(peak - sum(parts.values()), 0)
+  return Answer(
+      target, dict(mesh.shape), text is not None and peak <= target.chip.hbm_gib * GIB, peak, parts,
+      sum(leaf.size * leaf.dtype.itemsize for leaf in state), time.monotonic() - began,
+      hlo.collectives(text) if text else [], _bandwidth(target, mesh),
+      sorted({kernel for _, kernel in hlo.custom_calls(text) if kernel}) if text else [],
+  )
+
+
+def mesh_of(config, target):
+  """The mesh of a config over the chips of a slice that is not there."""
   from tiny_aya_jax import axes
-  from tiny_aya_jax.train import optimizer, step
 
   mesh = axes.mesh(**config.mesh.to_dict(), devices=devices(target))
   fields.check_batch(config, mesh)
-  sources = len(languages.LANGUAGES)
-  began = time.monotonic()
-  try:
-    compiled = step.compiled(config, mesh, optimizer.schedule(config.schedule, config.steps), sources)
-  except jax.errors.JaxRuntimeError as error:
-    peak = _asked(error)
-    text, known = None, 0
-  else:
-    memory = compiled.memory_analysis()
-    peak, text = memory.peak_memory_in_bytes, compiled.as_text()
-  state = jax.eval_shape(step.scratch(config))
-  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-  parts = {name: bytes for name, bytes in estimate(config, mesh.shape).items()
-           if name in ("parameters", "moments", "kept for the backward pass")}
-  known = sum(parts.values())
-  parts["gradients and what one layer and the loss work on"] = max(peak - known, 0)
-  return Answer(
-      target, dict(mesh.shape), text is not None and peak <= target.chip.hbm_gib * GIB, peak, parts,
-      size, time.monotonic() - began, hlo.collectives(text) if text else [],
-      _bandwidth(target, mesh),
-      sorted({kernel for _, kernel in hlo.custom_calls(text) if kernel}) if text else [],
-  )
+  return mesh
+
+
+def compile_for(config, mesh):
+  """jax.stages.Compiled of the step that `train` would run."""
+  from tiny_aya_jax.train import optimizer, step
+
+  rate = optimizer.schedule(config.schedule, config.steps)
+  return step.compiled(config, mesh, rate, sources=len(languages.LANGUAGES))
 
 
 def devices(target):

@@ -136,7 +136,7 @@ class Period(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
     block = Block if self.remat == "none" else nn.remat(
-        Block, prevent_cse=False, policy=remat_policy(self.remat)
+        Block, prevent_cse=RECOMPUTE_LATE, policy=remat_policy(self.remat)
     )
     for name in BLOCKS:
       window = None if name == "full" else self.cfg.window
@@ -153,6 +153,11 @@ KEEP = dict(
     full=(), attn=("attention",), qkv=("attention", "q", "k", "v"),
     minimal=("attention", "q", "k", "v", "gate", "up"),
 )
+
+
+# Of a block's (variables, rngs, x, segment, position): x waits for the gradient that comes back, or
+# the four blocks of a period are all computed again before the first needs it. Weights do not wait.
+RECOMPUTE_LATE = (False, False, True, False, False)
 
 
 def remat_policy(remat):
