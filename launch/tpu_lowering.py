@@ -28,7 +28,7 @@ import jax
 from jax.experimental import topologies
 
 from tiny_aya_jax import axes, chips, hlo, run
-from tiny_aya_jax.train import optimizer, step
+from tiny_aya_jax.train import optimizer, proof, step
 
 PRETRAIN = str(pathlib.Path(__file__).parents[1] / "experiments" / "pretrain.py")
 GIB = 2**30
@@ -58,10 +58,7 @@ def main():
       f"{hlo.asynchronous_share(found):.0%} asynchronous"
   )
   print(hlo.table(found))
-  kernels = {name: places for (_, name), places in hlo.custom_calls(text).items() if name}
-  print("kernels", kernels)
-  if not any("splash" in name for name in kernels):
-    raise run.Refused("the program holds no splash kernel: attention is not what the config says")
+  print(proof.kernels(text, config.attention, config.matmul))
 
 
 def parse():

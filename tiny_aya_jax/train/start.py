@@ -19,14 +19,16 @@ def start(config, begin, mesh, tokenizer):
     return jax.jit(scratch, out_shardings=placed)()
   if begin.whole:
     items = checkpoint.restore(begin.path, {name: abstract[name] for name in checkpoint.TREES})
-    return dict(step=jnp.int32(begin.step), **{name: items[name] for name in checkpoint.TREES})
+    items["step"] = jax.device_put(jnp.int32(begin.step), placed["step"])
+    return {name: items[name] for name in abstract}
   if (begin.path / "config.json").exists():
     params = _from_hugging_face(config, begin.path, abstract["params"], tokenizer)
   else:
     params = checkpoint.restore(begin.path, dict(params=abstract["params"]), ("params",))["params"]
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
   moments = jax.jit(tx.init, out_shardings=placed["optimizer"])(params)
-  return dict(step=jnp.int32(0), params=params, optimizer=moments)
+  zero = jax.device_put(jnp.int32(0), placed["step"])
+  return dict(step=zero, params=params, optimizer=moments)
 
 
 def _from_hugging_face(config, path, abstract, tokenizer):

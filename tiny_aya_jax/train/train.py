@@ -20,7 +20,7 @@ from tiny_aya_jax import axes, chips, run
 from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.model import attention, bits
 from tiny_aya_jax.train import (
-    begin as begins, checkpoint, fields, metrics, optimizer, saved, start, step
+    begin as begins, checkpoint, fields, metrics, optimizer, proof, saved, start, step
 )
 
 
@@ -41,14 +41,15 @@ def main(config, workdir, plan, validation, tokenizer):
     plan = begin.plan
     state = start.start(config, begin, mesh, tokenizer)
     _record(config, workdir, mesh, model, state, tokenizer)
+    proof.check_attention(config, mesh)
     rows = loader.Loader(
         plan, config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
     )
     sources = [source["name"] for source in plan["sources"]]
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
-    advance = step.step(config, rate, len(sources))
     if not saved.steps(workdir):
       run.say("\n".join(mixture.table(plan, (begin.start + config.steps) * config.data.batch)))
+    advance = proof.program(config, mesh, rate, len(sources))
     evaluate = _evaluator(config, mesh, model, validation, tokenizer)
     meta = dict(
         model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
@@ -177,9 +178,10 @@ def _extremes(languages):
 def _record(config, workdir, mesh, model, state, tokenizer):
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
   embedding = state["params"]["embedding_VD"].size
+  matmul = "" if config.matmul == "dtype" else f", matmul {config.matmul}"
   run.say(
       f"{parameters:,} parameters ({parameters - embedding:,} without the embedding), mesh "
-      f"{dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}, {config.dtype}, attention "
+      f"{dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}, {config.dtype}{matmul}, attention "
       f"{model.backend}, remat {model.remat}"
   )
   if jax.process_index() == 0:

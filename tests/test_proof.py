@@ -1,0 +1,132 @@
+"""proof: the kernels of a program, read from its text; a backend that is wrong is found before a step."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from conftest import backends, packed
+from test_hlo import module
+from tiny_aya_jax import axes, run
+from tiny_aya_jax.model import attention, attention_splash, fp8
+from tiny_aya_jax.train import proof
+
+ROOT = pathlib.Path(__file__).parents[1]
+B, T, N, K, H = 2, 16, 4, 2, 8
+
+
+def compiled(backend, matmul="dtype"):
+  """HLO of one attention with a projection before it, and gradients, for this machine."""
+  segment_BT, position_BT = packed(((7, 9), (16,)), T)
+
+  def value(x_BTD, w_DD):
+    x_BTD = (fp8.dot if matmul == "fp8" else jnp.matmul)(x_BTD, w_DD)
+    x_BTNH = x_BTD.reshape(B, T, N, H)
+    return attention.attention(
+        x_BTNH, x_BTNH[:, :, :K], x_BTNH[:, :, K:], segment_BT=segment_BT, position_BT=position_BT,
+        window=5, backend=backend,
+    ).sum()
+
+  shapes = jax.ShapeDtypeStruct((B, T, N * H), jnp.float32), jax.ShapeDtypeStruct((N * H,) * 2, jnp.float32)
+  return jax.jit(jax.grad(value, argnums=(0, 1))).lower(*shapes).compile().as_text()
+
+
+@pytest.fixture(scope="module")
+def texts():
+  return {"chunked": compiled("chunked", "fp8"), "reference": compiled("reference")}
+
+
+def test_attention_by_xla_is_said_to_be_xla(texts):
+  assert proof.kernels(texts["reference"], "reference", "dtype") == "attention reference: XLA"
+  assert proof.kernels(texts["chunked"], "chunked", "dtype") == "attention chunked: XLA"
+
+
+def test_8_bit_matmuls_are_found_or_refused(texts):
+  said = proof.kernels(texts["chunked"], "chunked", "fp8")
+  assert said == "attention chunked: XLA, matmul fp8: e4m3, e5m2"
+  with pytest.raises(run.Refused, match="no e4m3 and no e5m2"):
+    proof.kernels(texts["reference"], "reference", "fp8")
+  with pytest.raises(run.Refused, match="holds no e5m2"):
+    proof.kernels(texts["chunked"].replace("f8e5m2", "bf16"), "chunked", "fp8")
+
+
+def calls(*named):
+  """HLO with a custom call for each (target, name of a Pallas kernel or '')."""
+  return module("\n".join(
+      f'  %k.{at} = f32[4,8]{{1,0}} custom-call(%p), custom_call_target="{target}", '
+      f'metadata={{op_name="jit(step)/{name}/pallas_call"}}' if name else
+      f'  %k.{at} = f32[4,8]{{1,0}} custom-call(%p), custom_call_target="{target}"'
+      for at, (target, name) in enumerate(named)
+  ))
+
+
+SPLASH = [("tpu_custom_call", f"splash_mha_{name}") for name in (
+    "fwd_segmented_residuals", "dkv_segmented_no_residuals")]
+CUDNN = [("__cudnn$fmhaSoftmax", ""), ("__cudnn$fmhaSoftmaxBackward", "")]
+OTHER = [("AllocateBuffer", ""), ("__cublas$lt$matmul$f8", "")]
+
+
+@pytest.mark.parametrize("backend, kernels", [("splash", SPLASH), ("cudnn", CUDNN)])
+def test_a_kernel_is_there_forward_and_backward_or_the_program_is_refused(backend, kernels):
+  said = proof.kernels(calls(*kernels, *OTHER), backend, "dtype")
+  assert said == f"attention {backend}: " + ", ".join(
+      sorted(name or target for target, name in kernels))
+  for held in (OTHER, kernels[:1], kernels[1:]):
+    with pytest.raises(run.Refused, match=f"is '{backend}' and .* one forward and one backward"):
+      proof.kernels(calls(*held), backend, "dtype")
+
+
+@pytest.mark.parametrize("asked, held", [
+    ("chunked", SPLASH), ("reference", CUDNN), ("splash", CUDNN + SPLASH), ("cudnn", SPLASH)])
+def test_a_kernel_that_was_not_asked_for_is_refused(asked, held):
+  with pytest.raises(run.Refused, match=f"is '{asked}' and the compiled program attends with"):
+    proof.kernels(calls(*held), asked, "dtype")
+
+
+@pytest.fixture
+def config(monkeypatch):
+  monkeypatch.setattr(attention_splash, "INTERPRET", True)
+  config = run.load_config(f"{ROOT / 'experiments/pretrain.py'}:tiny")
+  config.model.update(N=N, K=K, H=H)
+  return config
+
+
+def check(config, **sizes):
+  mesh = axes.mesh(**sizes)
+  with jax.set_mesh(mesh):
+    proof.check_attention(config, mesh)
+
+
+@pytest.mark.parametrize("sizes, dtype", [
+    (dict(data=2, fsdp=2, tensor=2), "float32"), (dict(fsdp=2, context=4), "bfloat16")])
+@pytest.mark.parametrize("backend", backends())
+def test_every_backend_equals_reference_on_every_mesh(config, backend, sizes, dtype, capsys):
+  config.attention, config.dtype = backend, dtype
+  check(config, **sizes)
+  said = capsys.readouterr().out
+  assert said.startswith(f"attention {backend} equals reference") or backend == "reference" and not said
+
+
+def shifted(window):
+  """A backend whose window is one too wide, or else whose documents see each other."""
+  def broken(q, k, v, segment_BT, position_BT, segment_BS, position_BS, asked):
+    if window and asked:
+      asked += 1
+    elif not window:
+      segment_BT = segment_BS = jnp.ones_like(segment_BT)
+    return attention.reference(q, k, v, segment_BT, position_BT, segment_BS, position_BS, asked)
+
+  return broken
+
+
+def test_a_broken_backend_is_refused(config, monkeypatch):
+  config.dtype = "bfloat16"
+  for broken in (shifted(True), shifted(False), lambda q, *_: q * jnp.nan):
+    monkeypatch.setitem(attention.BACKENDS, "chunked", broken)
+    with pytest.raises(run.Refused, match="'chunked' differs from 'reference' by .* at most 3e-02"):
+      check(config)
