@@ -9,12 +9,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from conftest import backends, packed
 from test_hlo import module
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.model import attention, attention_splash, fp8
-from tiny_aya_jax.train import proof
+from tiny_aya_jax.train import proof, step
 
 ROOT = pathlib.Path(__file__).parents[1]
 B, T, N, K, H = 2, 16, 4, 2, 8
@@ -130,3 +131,35 @@ def test_a_broken_backend_is_refused(config, monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "chunked", broken)
     with pytest.raises(run.Refused, match="'chunked' differs from 'reference' by .* at most 3e-02"):
       check(config)
+
+
+@pytest.fixture
+def own_cache(monkeypatch):
+  """No folder in the environment; JAX's setting as it was, afterwards."""
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  before = jax.config.jax_compilation_cache_dir
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
+
+
+def test_a_program_is_kept_in_the_workdir_and_a_damaged_one_compiled_anew(
+    config, own_cache, tmp_path, monkeypatch, capsys
+):
+  def compiled(*_):
+    return jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((4, 4))).compile()
+
+  def said():
+    proof.keep_programs(tmp_path)
+    assert jnp.array_equal(proof.program(config, axes.mesh(), None, 1)(x), jnp.sin(x) @ x)
+    return capsys.readouterr().out
+
+  x = jnp.eye(4)
+  monkeypatch.setattr(step, "compiled", compiled)
+  folder = tmp_path / "compilation_cache"
+  assert f"(cache miss, kept in {folder})" in said()
+  assert "(cache hit), " in said() and "attention chunked: XLA" in said()
+  for entry in folder.glob("*-cache"):
+    entry.write_bytes(entry.read_bytes()[:100])
+  with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+    assert "(cache hit)" not in said()

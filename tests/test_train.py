@@ -99,7 +99,9 @@ def test_a_run_killed_without_warning_resumes_to_the_same_bits(data, whole, tmp_
   killed_at = saved.steps(tmp_path)
   assert killed_at and killed_at[-1] < 8
   again = [*arguments, "--config.data.prefetch=1", "--config.data.threads=3"]
-  assert subprocess.run(again, cwd=ROOT, check=False).returncode == 0
+  done = subprocess.run(again, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
+  assert done.returncode == 0
+  assert "(cache hit), attention chunked: XLA\n" in done.stdout  # what the first process compiled
   assert prints(tmp_path) == prints(whole)
   assert saved.data(tmp_path) == saved.data(whole)
 

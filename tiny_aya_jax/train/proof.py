@@ -4,12 +4,15 @@ That attention on these devices is what `reference` says, and that the compiled 
 kernels which the config asks for: a config is a wish, and a fallback to something slower is silent.
 """
 
+import contextlib
 import functools
+import os
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from tiny_aya_jax import hlo, run
 from tiny_aya_jax.axes import shard
@@ -79,14 +82,50 @@ def _error(q_TNH, k_TKH, v_TKH, d_TNH, *, backend, dtype, B):
   return jnp.max(jnp.stack(errors))
 
 
+def keep_programs(workdir):
+  """Compiled programs are read from and kept in $JAX_COMPILATION_CACHE_DIR, else in the workdir.
+
+  A restart then loads its step instead of compiling it. Of an entry that it cannot read JAX warns,
+  compiles, and leaves it there: remove the folder.
+  """
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    folder = os.fspath(workdir.absolute() / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # a process that has compiled holds on to its folder, or none
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def program(config, mesh, rate, sources):
-  """`step.compiled`, with one line on its seconds, its memory and its kernels; or a refusal."""
+  """`step.compiled`, with one line on seconds, cache, memory and kernels; or a refusal."""
   begin = time.monotonic()
-  compiled = step.compiled(config, mesh, rate, sources)
+  with _cache_events() as events:
+    compiled = step.compiled(config, mesh, rate, sources)
   seconds = time.monotonic() - begin
   held = kernels(compiled.as_text(), config.attention, config.matmul)
-  run.say(f"compiled in {seconds:.1f} s{_peak(compiled, mesh.local_devices[0])}, {held}")
+  cache = dict(
+      cache_hits="cache hit", cache_misses=f"cache miss, kept in {jax.config.jax_compilation_cache_dir}"
+  ).get(events[-1] if events else "", "not kept")
+  peak = _peak(compiled, mesh.local_devices[0])
+  run.say(f"compiled in {seconds:.1f} s ({cache}){peak}, {held}")
   return compiled
+
+
+@contextlib.contextmanager
+def _cache_events():
+  """A list of "cache_hits" and "cache_misses", the step's last; JAX counts a miss as it is kept."""
+  events = []
+
+  def note(event, **_):
+    folder, _, name = event.rpartition("/")
+    if folder == "/jax/compilation_cache" and name in ("cache_hits", "cache_misses"):
+      events.append(name)
+
+  jax.monitoring.register_event_listener(note)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_listener(note)
 
 
 # What the calls of a kernel have in their names, and which of them are of the backward pass: as

@@ -36,6 +36,7 @@ def main(config, workdir, plan, validation, tokenizer):
       config.attention, config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
   )
   with _lock(workdir), jax.set_mesh(mesh):
+    proof.keep_programs(workdir)
     model = step.model(config)
     begin = begins.decide(config, workdir, plan, tokenizer)  # again, now that nobody else saves
     plan = begin.plan
