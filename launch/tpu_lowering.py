@@ -1,7 +1,8 @@
 """Compiles the full-size training step for a TPU slice, on a machine without a TPU.
 
   pip install "jax[tpu]==0.10.2"
-  PYTHONPATH=. python launch/tpu_lowering.py [--topology=v5e:4x4] [--rows=1] [--remat=full]
+  PYTHONPATH=. python launch/tpu_lowering.py [--topology=v5e:4x4, 2xv5e:4x4: two slices] \
+      [--rows=1] [--remat=full]
 
 rows: sequences of 8,192 a chip. Prints versions, compile seconds, peak memory a chip, and the wire:
 bytes of whole tensors that a chip moves in a step, by kind of collective (hlo.py). It proves that
@@ -71,13 +72,14 @@ def parse():
 
 
 def devices(target):
-  """Devices of a slice that is not there: something to compile for."""
+  """Devices of slices that are not there: something to compile for."""
   settings = dict(chip_config_name="megacore") if target.chip.config_name == "megacore" else {}
   if target.chip.axes == 2 and any(target.wrap):
     settings["wrap"] = (*target.wrap, False)
-  shape = target.name.partition(":")[2]
+  shape = "x".join(map(str, target.shape))
   return topologies.get_topology_desc(
-      f"{target.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1), **settings
+      f"{target.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1),
+      num_slices=target.slices, **settings
   ).devices
 
 

@@ -126,6 +126,32 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_its_sizes(sizes)
     axes.mesh(**sizes)
 
 
+class Chip:
+  """A device of a slice that is not there."""
+
+  platform, device_kind, process_index = "cpu", "a chip", 0
+
+  def __init__(self, slice_index):
+    self.slice_index = slice_index
+
+
+@pytest.mark.parametrize(
+  "sizes", [dict(data=-1, fsdp=4, tensor=2), dict(data=4), dict(data=2, fsdp=2, context=4)]
+)
+def test_data_goes_over_slices_and_the_other_axes_stay_in_one(sizes):
+  mesh = axes.mesh(**sizes, devices=[Chip(at % 2) for at in range(16)])
+  slices = [[chip.slice_index for chip in replica.flat] for replica in mesh.devices]
+  half = len(slices) // 2
+  assert slices == [[0] * len(slices[0])] * half + [[1] * len(slices[0])] * half
+  assert mesh.axis_names == axes.AXES and mesh.size == 16
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(data=1, tensor=2), dict(fsdp=2, context=8)])
+def test_slices_that_data_does_not_divide_over_are_refused_with_the_numbers(sizes):
+  with pytest.raises(run.Refused, match="on 2 slices of 8 devices: .* a multiple of 2"):
+    axes.mesh(**sizes, devices=[Chip(at // 8) for at in range(16)])
+
+
 @pytest.mark.parametrize(
   "name, shape",
   [

@@ -13,7 +13,13 @@ def test_a_slice_knows_its_size_and_which_axes_are_rings():
   assert chips.parse("v5p:4x4x8").wrap == (True,) * 3 and chips.parse("v5p:2x4x4").wrap == (False,) * 3
 
 
-@pytest.mark.parametrize("name", ["v5x:4x4", "v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v6e:0x4", "v6e:axb"])
+def test_several_slices_are_one_topology():
+  two = chips.parse("2xv5e:4x4")
+  assert (two.slices, two.shape, two.size, two.chip) == (2, (4, 4), 32, chips.CHIPS["v5e"])
+  assert chips.parse("v5e:4x4").slices == 1 and two.wrap == chips.parse("v5e:4x4").wrap
+
+
+@pytest.mark.parametrize("name", ["0xv5e:4x4", "xv5e:4x4", "2xv5e", "2x:4x4", "v5e:4\n", "v5x:4x4", "v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v6e:0x4", "v6e:axb"])
 def test_anything_else_is_refused_with_what_would_do(name):
   with pytest.raises(run.Refused, match="did you mean|for example|expected one of"):
     chips.parse(name)

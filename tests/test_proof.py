@@ -163,3 +163,36 @@ def test_a_program_is_kept_in_the_workdir_and_a_damaged_one_compiled_anew(
     entry.write_bytes(entry.read_bytes()[:100])
   with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
     assert "(cache hit)" not in said()
+
+
+TPU = """
+import jax, tpu_lowering
+from tiny_aya_jax import axes, chips, run
+from tiny_aya_jax.train import proof, step
+
+config = run.load_config(tpu_lowering.PRETRAIN)
+config.model.update(D=128, N=2, K=1, H=128, F=128, V=256, L=1, window=64)
+config.data.T, config.data.batch, config.loss.chunk = 256, 8, 64
+mesh = axes.mesh(data=2, devices=tpu_lowering.devices(chips.parse("2xv5e:2x2")))
+print([[chip.slice_index for chip in replica.flat] for replica in mesh.devices])
+compiled = step.compiled(config, mesh, lambda step: 1e-3, sources=3)
+print(proof.kernels(compiled.as_text(), "splash", "dtype"))
+state = step.abstract(mesh, jax.eval_shape(step.scratch(config)))
+print(jax.tree.all(jax.tree.map(lambda out, leaf: out.is_equivalent_to(leaf.sharding, leaf.ndim),
+                                compiled.output_shardings[0], state)))
+"""
+
+
+def test_two_tpu_slices_hold_splash_and_give_the_state_back_as_they_took_it():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed")
+  environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+  environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'launch'}"
+  done = subprocess.run([sys.executable, "-c", TPU], env=environment, capture_output=True, text=True,
+                        timeout=300, cwd=ROOT)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout.splitlines() == [
+      "[[0, 0, 0, 0], [1, 1, 1, 1]]",
+      "attention splash: splash_mha_dkv_segmented_no_residuals, splash_mha_fwd_segmented_residuals",
+      "True",
+  ]

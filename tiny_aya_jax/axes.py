@@ -14,7 +14,8 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tiny_aya_jax import run
 
@@ -26,7 +27,11 @@ ACTIVATION = dict(
 
 
 def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
-  """A mesh over `devices` (default: all) with the axes of AXES; one size may be -1, 'the rest'."""
+  """A mesh over `devices` (default: all) with the axes of AXES; one size may be -1, 'the rest'.
+
+  Of several slices, 'data' goes over all and the other axes stay within one: gradients are summed
+  over the network between slices once a step, weights are gathered inside.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context)
   free = [axis for axis, size in sizes.items() if size == -1]
@@ -38,7 +43,21 @@ def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
   if free:
     sizes[free[0]] = len(devices) // fixed
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=devices)
+  # What TPUs call a slice; JAX makes one of each host of GPUs.
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=devices)
+  if sizes["data"] % slices:
+    raise run.Refused(
+        f"mesh {sizes} on {slices} slices of {len(devices) // slices} devices: 'data' goes over the "
+        f"slices, so config.mesh.data is a multiple of {slices}, and the other axes fit into one"
+    )
+  inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+  return Mesh(
+      mesh_utils.create_hybrid_device_mesh(
+          inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+      ), AXES, axis_types=auto,
+  )
 
 
 def shardings(mesh, tree):

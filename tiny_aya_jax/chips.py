@@ -5,6 +5,7 @@ Read by `plan` and by whoever compiles. No jax here. Memory is what XLA reports 
 """
 
 import math
+import re
 from typing import NamedTuple
 
 from tiny_aya_jax import run
@@ -38,15 +39,16 @@ SHAPES = {  # slices to choose from, smallest first; wider ones exist
 
 
 class Slice(NamedTuple):
-  """A topology 'v5p:4x4x8': its chip and the chips along each axis."""
+  """A topology 'v5p:4x4x8': its chip and the chips along each axis; '2xv5p:4x4x8' is two of them."""
 
   name: str
   chip: Chip
-  shape: tuple
+  shape: tuple  # of one
+  slices: int = 1
 
   @property
   def size(self):
-    return math.prod(self.shape)
+    return self.slices * math.prod(self.shape)
 
   @property
   def wrap(self):
@@ -56,14 +58,14 @@ class Slice(NamedTuple):
 
 
 def parse(name):
-  """'v6e:16x16' -> Slice; refuses unknown chips and shapes."""
-  kind, _, shape = name.partition(":")
+  """'v6e:16x16' or '4xv6e:16x16' -> Slice; refuses unknown chips and shapes."""
+  slices, kind, shape = re.fullmatch(r"(?s)(?:([1-9]\d*)x)?([^:]*):?(.*)", name).groups()
   chip = CHIPS[run.choose("topology", kind, CHIPS)]
   sizes = tuple(int(size) for size in shape.split("x") if size.isdigit())
   if len(sizes) != chip.axes or min(sizes, default=0) < 1 or "x".join(map(str, sizes)) != shape:
     example = "x".join(["4"] * chip.axes)
     raise run.Refused(f"topology {name!r}: {kind} has {chip.axes} axes, for example {kind}:{example}")
-  return Slice(name, chip, sizes)
+  return Slice(name, chip, sizes, int(slices or 1))
 
 
 # Layers are gathered while the layer before computes. Defaults do so on v5e only: without these,
