@@ -48,7 +48,10 @@ def get_config(variant="full"):
   c.unroll = 1  # periods a scan step
   c.loss = ConfigDict(dict(z_loss=0.0, chunk=256))  # SmolLM3: z-loss off
   # AdamW and clipping of SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's are unpublished.
-  c.optimizer = ConfigDict(dict(clip=1.0, adamw=dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)))
+  c.optimizer = ConfigDict(dict(clip=1.0, adamw=dict(
+      b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
+      mu_dtype="float32",  # or "bfloat16": half the first moment's memory (train/optimizer.py)
+  )))
   c.schedule = ConfigDict(dict(
       shape="wsd", peak=2e-4, final=0.0, warmup_steps=2000,
       decay_steps=0,  # the cooldown is its own experiment (cooldown.py)

@@ -1,5 +1,6 @@
 """One program: resumed is uninterrupted, bit for bit; split batches change nothing; exits are kept."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -366,8 +367,6 @@ def step_inputs(cfg):
 
   from tiny_aya_jax.model.transformer import TinyAya
 
-  import functools
-
   batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed=3)
   batch["source_B"] = np.array([0, 1, 1, 2], np.int32)
   loss = functools.partial(step.next_token_loss, model=TinyAya(cfg), chunk=8, z_loss=1e-4)
@@ -386,6 +385,46 @@ def test_accumulation_changes_nothing_but_rounding(step_inputs):
   np.testing.assert_allclose(one["nats_S"], two["nats_S"], rtol=1e-5)
   np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=1e-4)
   assert float(one["tokens"]) == batch["weight_BT"].sum()
+
+
+def test_a_first_moment_in_bfloat16_stays_within_a_thousandth_of_the_loss(step_inputs):
+  state, batch, loss, _ = step_inputs
+  config = run.load_config(str(ROOT / "experiments/pretrain.py")).optimizer
+  losses = {}
+  for dtype in run.CHOICES["dtype"]:
+    config.adamw.mu_dtype = dtype
+    tx = optimizer.adamw(config, lambda step: 1e-2)
+    now = state | dict(optimizer=tx.init(state["params"]))
+    advance = jax.jit(functools.partial(step.train_step, loss=loss, tx=tx, accumulate=1, sources=3))
+    reports = []
+    for _ in range(6):
+      now, report = advance(now, batch)
+      reports.append(float(report["loss"]))
+    losses[dtype] = reports
+    adam = now["optimizer"][1][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+  assert losses["float32"][-1] < 0.9 * losses["float32"][0] and losses["float32"] != losses["bfloat16"]
+  np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=1e-3)
+
+
+def test_a_run_goes_on_with_another_first_moment_only_if_that_is_accepted(data, whole, tmp_path, capsys):
+  more = ("--config.accumulate=2", "--config.optimizer.adamw.mu_dtype=bfloat16")
+  assert pretrain(data, whole, "--config.steps=9", *more) == 65
+  assert "another optimizer" in capsys.readouterr().err
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  assert pretrain(data, tmp_path, "--config.steps=9", "--config.data.accept_change=True", *more) == 0
+  assert pretrain(data, tmp_path, "--config.steps=10", *more) == 0
+  assert saved.steps(tmp_path)[-1] == 10 and checkpoint.verify(tmp_path) > 20
+  assert pretrain(data, tmp_path, "--config.steps=10", "--config.optimizer.adamw.mu_dtype=float16") == 65
+  assert "unknown config.optimizer.adamw.mu_dtype 'float16'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_older_than_a_field_had_all_that_there_was_before_it():
+  facts = begin.facts(run.load_config(f"{ROOT / 'experiments/pretrain.py'}:tiny"))
+  older = json.loads(json.dumps(facts))
+  del older["matmul"], older["optimizer"]["adamw"]["mu_dtype"]
+  assert begin.trained(dict(run=older)) == begin.trained(dict(run=facts)) == facts
 
 
 def test_weight_decay_spares_the_embedding_and_the_norms(step_inputs):

@@ -57,8 +57,7 @@ def _resume(config, workdir, plan, tokenizer):
   done = meta["step"] - meta["start"]
   if config.steps < done:
     raise run.Refused(f"{path} has {done} steps behind it, config.steps is {config.steps}")
-  before = dict(matmul="dtype") | meta["run"]  # all there was before the field
-  changes = _changes(before, facts(config)) + _changed_steps(meta, config, done)
+  changes = _changes(trained(meta), facts(config)) + _changed_steps(meta, config, done)
   origin = _origin_now(config, meta)
   if origin != meta.get("origin"):
     changes.append(f"{config.init_from}, trained anew since")
@@ -179,6 +178,13 @@ def facts(config):
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
               batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
               dtype=config.dtype, matmul=config.matmul)
+
+
+def trained(meta):
+  """The `facts` of a checkpoint; where it is older than a field, all that there was before it."""
+  optimizer = meta["run"]["optimizer"]
+  adamw = dict(mu_dtype="float32") | optimizer["adamw"]
+  return dict(matmul="dtype") | meta["run"] | dict(optimizer=optimizer | dict(adamw=adamw))
 
 
 def _changes(before, now):

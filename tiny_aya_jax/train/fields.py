@@ -57,6 +57,7 @@ def _optimizer(optimizer):
   for name in ("b1", "b2"):
     if not 0 <= adamw[name] < 1:
       raise run.Refused(f"config.optimizer.adamw.{name} is {adamw[name]}, expected 0 <= {name} < 1")
+  run.choose("config.optimizer.adamw.mu_dtype", adamw.mu_dtype, run.CHOICES["dtype"])
   if not 0 < adamw.eps < math.inf or not 0 <= adamw.weight_decay < math.inf:
     raise run.Refused(f"config.optimizer.adamw has eps {adamw.eps} and weight_decay "
                       f"{adamw.weight_decay}, expected more than 0 and at least 0")

@@ -32,7 +32,11 @@ def schedule(config, steps, start=0):
 
 
 def adamw(config, rate):
-  """Clip by the global norm, then AdamW; weight decay on matrices only."""
+  """Clip by the global norm, then AdamW; weight decay on matrices only.
+
+  config.adamw.mu_dtype is of the first moment. The second stays fp32: it moves by (1 - b2) of a
+  difference, which bfloat16's 8 bits lose once that is below 1/256 of it, and it divides the rate.
+  """
   return optax.chain(
       optax.clip_by_global_norm(config.clip),
       optax.adamw(rate, mask=decay_mask, **config.adamw.to_dict()),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import tokenizer as tokenizers
 from tiny_aya_jax.export import huggingface
-from tiny_aya_jax.train import begin as begins, checkpoint, optimizer, step
+from tiny_aya_jax.train import begin as begins, checkpoint, optimizer, saved, step
 
 
 def start(config, begin, mesh, tokenizer):
@@ -18,9 +18,8 @@ def start(config, begin, mesh, tokenizer):
   if begin.path is None:
     return jax.jit(scratch, out_shardings=placed)()
   if begin.whole:
-    items = checkpoint.restore(begin.path, {name: abstract[name] for name in checkpoint.TREES})
-    items["step"] = jax.device_put(jnp.int32(begin.step), placed["step"])
-    return {name: items[name] for name in abstract}
+    items = _restored(config, begin.path, mesh, abstract)
+    return items | dict(step=jax.device_put(jnp.int32(begin.step), placed["step"]))
   if (begin.path / "config.json").exists():
     params = _from_hugging_face(config, begin.path, abstract["params"], tokenizer)
   else:
@@ -29,6 +28,16 @@ def start(config, begin, mesh, tokenizer):
   moments = jax.jit(tx.init, out_shardings=placed["optimizer"])(params)
   zero = jax.device_put(jnp.int32(0), placed["step"])
   return dict(step=zero, params=params, optimizer=moments)
+
+
+def _restored(config, path, mesh, abstract):
+  """{"params", "optimizer"} of a checkpoint, each moment in this run's dtype: begin.py compared them."""
+  theirs = config.copy_and_resolve_references()
+  theirs.optimizer.adamw.mu_dtype = begins.trained(saved.meta(path))["optimizer"]["adamw"]["mu_dtype"]
+  kept = step.abstract(mesh, jax.eval_shape(step.scratch(theirs)))
+  items = checkpoint.restore(path, {name: kept[name] for name in checkpoint.TREES})
+  return {name: jax.tree.map(lambda x, ours: x.astype(ours.dtype), items[name], abstract[name])
+          for name in checkpoint.TREES}
 
 
 def _from_hugging_face(config, path, abstract, tokenizer):
