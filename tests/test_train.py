@@ -16,7 +16,8 @@ import pytest
 
 from tiny_aya_jax import __main__, axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.train import begin, checkpoint, fields, metrics, optimizer, saved, step, train
+from tiny_aya_jax.train import begin, checkpoint, metrics, optimizer, saved, step, train
+from tiny_aya_jax.train.fields import SHAPES
 
 ROOT = pathlib.Path(__file__).parents[1]
 T = 32
@@ -434,7 +435,7 @@ def test_weight_decay_spares_the_embedding_and_the_norms(step_inputs):
   assert all(flat[name] for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "down_FD"))
 
 
-@pytest.mark.parametrize("shape", fields.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_schedules_warm_up_reach_their_peak_and_end_at_final(shape):
   config = run.load_config(str(ROOT / "experiments/pretrain.py")).schedule
   config.update(shape=shape, peak=1.0, final=0.1, warmup_steps=10, decay_steps=20)
