@@ -117,15 +117,16 @@ def compile_for(config, mesh):
 
 
 def devices(target):
-  """Devices of a slice that is not there: something to compile for."""
+  """Devices of slices that are not there: something to compile for."""
   from jax.experimental import topologies
 
   settings = dict(chip_config_name="megacore") if target.chip.config_name == "megacore" else {}
   if target.chip.axes == 2 and any(target.wrap):
     settings["wrap"] = (*target.wrap, False)
-  shape = target.name.partition(":")[2]
+  shape = "x".join(map(str, target.shape))
   return topologies.get_topology_desc(
-      f"{target.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1), **settings
+      f"{target.chip.platform_name}:{shape}", "tpu", chips_per_host_bounds=(2, 2, 1),
+      num_slices=target.slices, **settings
   ).devices
 
 
@@ -251,7 +252,7 @@ def estimate(config, mesh):
   layer = flops.projections(cfg) + flops.feed_forward(cfg)
   return {
       "parameters": 4 * N / shards,
-      "moments": 8 * N / shards,
+      "moments": (8 if config.optimizer.adamw.mu_dtype == "float32" else 6) * N / shards,
       "kept for the backward pass": 4 * cfg.L * tokens * width * size,
       "gradients": 4 * N / shards * (2 if config.accumulate > 1 else 1),
       "working memory": 28 * tokens * cfg.F / mesh["tensor"] + 3 * layer * size,
