@@ -127,7 +127,8 @@ def shifted(window):
 
 def test_a_broken_backend_is_refused(config, monkeypatch):
   config.dtype = "bfloat16"
-  for broken in (shifted(True), shifted(False), lambda q, *_: q * jnp.nan):
+  rolled = lambda q, *rest: attention.reference(jnp.roll(q, 1, axis=0), *rest)  # another row's queries
+  for broken in (shifted(True), shifted(False), rolled, lambda q, *_: q * jnp.nan):
     monkeypatch.setitem(attention.BACKENDS, "chunked", broken)
     with pytest.raises(run.Refused, match="'chunked' differs from 'reference' by .* at most 3e-02"):
       check(config)
