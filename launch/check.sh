@@ -14,7 +14,7 @@ fi
 python -m pytest tests --durations=10 -q
 if [ "${1:-}" = full ]; then
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"
-  python -m pytest tests/test_hlo.py -q  # with libtpu, the test that compiles for a TPU is not skipped
+  python -m pytest tests/test_hlo.py tests/test_proof.py -q  # with libtpu, what compiles for a TPU is not skipped
   python launch/tpu_lowering.py
   rm -rf .venv312 && "${PYTHON312:-python3.12}" -m venv .venv312
   .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[data,export,report,track,test]"

@@ -167,14 +167,14 @@ def test_a_program_is_kept_in_the_workdir_and_a_damaged_one_compiled_anew(
 
 
 TPU = """
-import jax, tpu_lowering
-from tiny_aya_jax import axes, chips, run
+import jax
+from tiny_aya_jax import axes, chips, plan, run
 from tiny_aya_jax.train import proof, step
 
-config = run.load_config(tpu_lowering.PRETRAIN)
+config = run.load_config("experiments/pretrain.py")
 config.model.update(D=128, N=2, K=1, H=128, F=128, V=256, L=1, window=64)
 config.data.T, config.data.batch, config.loss.chunk = 256, 8, 64
-mesh = axes.mesh(data=2, devices=tpu_lowering.devices(chips.parse("2xv5e:2x2")))
+mesh = axes.mesh(data=2, devices=plan.devices(chips.parse("2xv5e:2x2")))
 print([[chip.slice_index for chip in replica.flat] for replica in mesh.devices])
 compiled = step.compiled(config, mesh, lambda step: 1e-3, sources=3)
 print(proof.kernels(compiled.as_text(), "splash", "dtype"))
@@ -188,7 +188,10 @@ def test_two_tpu_slices_hold_splash_and_give_the_state_back_as_they_took_it():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed")
   environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-  environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'launch'}"
+  environment.update(
+      JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+      TPU_LOG_DIR="disabled", TPU_WORKER_HOSTNAMES="localhost",
+  )
   done = subprocess.run([sys.executable, "-c", TPU], env=environment, capture_output=True, text=True,
                         timeout=300, cwd=ROOT)
   assert done.returncode == 0, done.stderr[-2000:]
