@@ -2,7 +2,7 @@
 # What CI runs: installs, then every test, the tiny pipeline among them; prints the ten slowest.
 #
 #   bash launch/check.sh          in CI, 20 to 25 minutes cold on two cores
-#   bash launch/check.sh full     also Python 3.12 ($PYTHON312), and the training step compiled for a TPU
+#   bash launch/check.sh full     also Python 3.12 ($PYTHON312), and the full-size step compiled for TPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh "data,export,report,track,test,parity"
@@ -14,8 +14,8 @@ fi
 python -m pytest tests --durations=10 -q
 if [ "${1:-}" = full ]; then
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"
-  python -m pytest tests/test_hlo.py tests/test_proof.py -q  # with libtpu, what compiles for a TPU is not skipped
-  python launch/tpu_lowering.py
+  # with libtpu, what compiles for a TPU is not skipped; an hour for the full-size step on ten slices
+  BUDGETS=1 python -m pytest tests/test_hlo.py tests/test_proof.py tests/test_plan.py tests/test_budgets.py -q
   rm -rf .venv312 && "${PYTHON312:-python3.12}" -m venv .venv312
   .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[data,export,report,track,test]"
   .venv312/bin/python -m pytest tests -q

@@ -33,7 +33,7 @@ def made(config, name="v5e:4x4", wire=((True, 12.0), (False, 2.0))):
   mesh = dict(data=1, fsdp=16, tensor=1, context=1)
   return plan.Answer(
       chips.parse(name), mesh, True, 8 * plan.GIB, {"parameters": plan.GIB}, 40 * plan.GIB, 1.0, found,
-      90e9, ["splash"],
+      90e9, "attention splash",
   )
 
 

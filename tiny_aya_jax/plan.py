@@ -38,7 +38,7 @@ class Answer(NamedTuple):
   seconds: float  # of compilation
   found: list  # hlo.Collective; none if it does not fit
   bandwidth: float  # bytes a second at which a chip gathers
-  kernels: list
+  kernels: str  # what the program attends and multiplies with
 
 
 def main(config, workdir=None):
@@ -80,7 +80,7 @@ def answer(config, target):
   """Compiles the step of a config for a slice -> Answer; refuses a mesh or batch that cannot be."""
   import jax
 
-  from tiny_aya_jax.train import step
+  from tiny_aya_jax.train import proof, step
 
   mesh, began, text = mesh_of(config, target), time.monotonic(), None
   try:
@@ -95,7 +95,7 @@ def answer(config, target):
       target, dict(mesh.shape), text is not None and peak <= target.chip.hbm_gib * GIB, peak, parts,
       sum(leaf.size * leaf.dtype.itemsize for leaf in state), time.monotonic() - began,
       hlo.collectives(text) if text else [], _bandwidth(target, mesh),
-      sorted({kernel for _, kernel in hlo.custom_calls(text) if kernel}) if text else [],
+      proof.kernels(text, config.attention, config.matmul) if text else "",
   )
 
 
@@ -156,18 +156,19 @@ def report(config, one):
   yield (
       f"{one.target.name}: {verdict}. Mesh {sizes or 'of one chip'}; {_rows(config, one.mesh)} rows of "
       f"{T} a chip at a time, {config.accumulate} times a step; remat {config.remat}, attention "
-      f"{config.attention}, compiled in {one.seconds:.0f} s"
+      f"{config.attention}; compiled in {one.seconds:.0f} s"
   )
   yield (f"  memory      peak {one.peak / GIB:.2f} of {limit / GIB:.2f} GiB a chip, "
          f"{1 - one.peak / limit:.0%} free: "
          + ", ".join(f"{name} {bytes / GIB:.2f}" for name, bytes in one.parts.items()))
   if not one.fits:
     return
+  yield f"  program     {one.kernels}; told {', '.join(_options(one)) or 'nothing'}"
   exact, again = flops.per_token(cfg, T)["total"], flops.recomputed(cfg, T, config.remat)
   yield f"  operations  {exact / 1e9:.2f} GFLOP a token, and {again / 1e9:.2f} more done twice"
   wire, ideal = hlo.wire(one.found), 6 * flops.parameters(cfg)
   yield (f"  wire        {wire / GIB:.2f} GiB a chip and step, {wire / ideal:.2f} of 6 N bytes; "
-         f"{hlo.asynchronous_share(one.found):.0%} asynchronous; {', '.join(one.kernels) or 'no kernels'}")
+         f"{hlo.asynchronous_share(one.found):.0%} asynchronous")
   best, worst, planned = (speed(config, one, how) for how in ("hidden", "exposed", "planned"))
   yield (f"  speed       at most {best:,.0f} tokens/s (MFU {_mfu(config, one, best):.0%}), "
          f"{worst:,.0f} ({_mfu(config, one, worst):.0%}) if nothing hides synchronous transfers; "
@@ -183,6 +184,11 @@ def report(config, one):
   yield (f"  checkpoint  {one.state / GIB:.1f} GiB every {config.save_every} steps, {config.keep} kept; "
          f"{one.state / hosts / HOST_BANDWIDTH:.0f} s at {HOST_BANDWIDTH / 1e9:.0f} GB/s for each of "
          f"{hosts} hosts (assumed)")
+
+
+def _options(one):
+  options = chips.compiler_options(one.target.chip.kinds[0])
+  return [f"{name}={value}" for name, value in options.items()]
 
 
 def speed(config, one, how):

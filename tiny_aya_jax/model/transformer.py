@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from tiny_aya_jax.axes import axis_size, gather, letters, shard
+from tiny_aya_jax.axes import axis_size, gather, letters, settle, shard
 from tiny_aya_jax.model import fp8
 from tiny_aya_jax.model.attention import attention, ring_write
 
@@ -170,6 +170,9 @@ def remat_policy(remat):
   return jax.checkpoint_policies.save_only_these_names(*KEEP[remat])
 
 
+MATRICES = ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD")
+
+
 class Block(nn.Module):
   """x + attention(norm(x)) + feed_forward(norm(x)); `window` None is the full, position-free kind."""
 
@@ -182,8 +185,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
     cfg = self.cfg
-    weights = {name: gather(weight(self, name), letters(name), self.dtype) for name in (
-        "q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD")}
+    weights, x_BTD = settle({name: weight(self, name) for name in MATRICES}, x_BTD)
+    weights = {name: gather(weights[name], letters(name), self.dtype) for name in MATRICES}
     y_BTD = layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), cfg)
 
     q_BTNH = project(y_BTD, weights["q_DNH"], "BTD,DNH->BTNH", self.matmul)
