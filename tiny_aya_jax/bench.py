@@ -4,10 +4,11 @@
 PyTorch, eager and compiled: same weights, same batch, same AdamW. The sides take turns, because on
 a busy machine only ratios within one run mean anything, and they must agree on the loss of the
 first steps, or the comparison is void. One segment a row on both sides: packed rows do not exist
-over there. `loader` is bench_loader.py. A config is any object with the fields of
-experiments/bench.py.
+over there. `pieces` is bench_pieces.py, `loader` bench_loader.py. A config is any object with the
+fields of experiments/bench.py.
 """
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -17,28 +18,39 @@ import time
 
 import numpy as np
 
-BENCHES = ("train_step", "loader")
+BENCHES = ("train_step", "pieces", "loader")
 SIDES = dict(eager="PyTorch eager", compile="torch.compile")
 AGREED_STEPS = 3  # 1: same forward; 2 and 3: same gradients, clipping and AdamW
+PIECES = ("attention", "loss", "block", "step", "fp8", "start")
 
 
 def main(config, workdir=None):
   """Runs the benchmark named by config.bench and prints its table; the workdir is not used."""
   from tiny_aya_jax import run
 
-  if run.choose("bench", config.bench, BENCHES) == "loader":
+  bench = run.choose("bench", config.bench, BENCHES)
+  if bench == "loader":
     from tiny_aya_jax import bench_loader
 
     bench_loader.main(config)
     return
-  run.choose_fields(config, "dtype", "attention", "remat")
-  for side in config.against:
-    run.choose("side", side, SIDES)
+  run.choose_fields(config, "dtype", "attention", "remat", "matmul")
   for name in ("turns", "steps", "batch", "T", "threads"):
     if config[name] < 1:
       raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
   if config.model.N % config.model.K:
     raise run.Refused(f"{config.model.N} query heads do not share {config.model.K} key heads evenly")
+  if bench == "pieces":
+    for piece in config.pieces:
+      run.choose("piece", piece, PIECES)
+    if min(config.lengths, default=0) < 1:
+      raise run.Refused(f"config.lengths is {config.lengths}, expected lengths of at least 1")
+    from tiny_aya_jax import bench_pieces
+
+    bench_pieces.main(config)
+    return
+  for side in config.against:
+    run.choose("side", side, SIDES)
   train_step(config)
 
 
@@ -47,29 +59,30 @@ def train_step(config, say=print):
 
   Refuses when another side's losses leave ours by more than config.tolerance, in nats.
   """
-  _keep_threads(config.threads)
+  keep_threads(config.threads)
   keep_memory()
   cfg = config.model
-  say(", ".join(f"{name} {version}" for name, version in _versions(config).items()))
+  say(versions("jax", "jaxlib", *(("torch", "transformers") if config.against else ())))
   say(f"{4 * cfg.L} layers, D {cfg.D}, F {cfg.F}, {cfg.N}/{cfg.K} heads of {cfg.H}, V {cfg.V}, "
       f"window {cfg.window}, batch {config.batch} x {config.T}, {config.dtype}")
   say(f"ours: attention {config.attention}, loss chunk {config.loss_chunk}, "
-      f"remat {config.remat}, unroll {config.unroll}")
+      f"remat {config.remat}, unroll {config.unroll}, matmul {config.matmul}")
   params, token_BT = _start(config)
-  sides = dict(ours=_ours(config, params, token_BT))
+  sides = dict(ours=_ours(config, params))
   for side in config.against:
-    sides[side] = _theirs(config, params, token_BT, compiled=side == "compile")
-  _agree(sides, config.tolerance, say)
+    sides[side] = theirs(config, params, compiled=side == "compile")
+  agree({side: [step(token_BT) for _ in range(AGREED_STEPS)] for side, step in sides.items()},
+        config.tolerance, say)
   seconds = {side: [] for side in sides}
   for turn in range(config.turns):
     for side, step in sides.items():
-      step()  # untimed: the other side's arrays leave the caches, its threads go to sleep
-      seconds[side] += [_timed(step) for _ in range(config.steps)]
+      step(token_BT)  # untimed: the other side's arrays leave the caches, its threads go to sleep
+      seconds[side] += [timed(step, token_BT) for _ in range(config.steps)]
     say(f"turn {turn + 1}/{config.turns}: " + _table(seconds, config.batch * config.T))
   return seconds
 
 
-def _keep_threads(threads):
+def keep_threads(threads):
   """Keeps this process, and so XLA's and PyTorch's pools, on the first `threads` cores."""
   if hasattr(os, "sched_setaffinity"):  # Linux; before jax counts its cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -88,11 +101,12 @@ def keep_memory():
     mallopt(arena_max, 1), mallopt(mmap_max, 0), mallopt(trim_threshold, -1)
 
 
-def _versions(config):
-  names = ("jax", "jaxlib") + (("torch", "transformers") if config.against else ())
-  versions = {name: _package(name).__version__ for name in names}
+def versions(*packages):
+  """'jax 0.10.2, python 3.11.7, cores 2'."""
+  found = {name: _package(name).__version__ for name in packages}
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return versions | dict(python=platform.python_version(), cores=cores)
+  found |= dict(python=platform.python_version(), cores=cores)
+  return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _package(name):
@@ -115,18 +129,18 @@ def _start(config):
 
   random = np.random.default_rng(config.seed)
   token_BT = random.integers(0, config.model.V, (config.batch, config.T + 1), np.int32)
-  params = TinyAya(config.model).init(jax.random.key(config.seed), *_inputs(token_BT[:1, :-1]))
+  params = TinyAya(config.model).init(jax.random.key(config.seed), *inputs(token_BT[:1, :-1]))
   return jax.tree.map(np.asarray, params["params"]), token_BT
 
 
-def _inputs(token_BT):
+def inputs(token_BT):
   """(token_BT, segment_BT, position_BT) of rows that are one document each."""
   position_BT = np.broadcast_to(np.arange(token_BT.shape[1], dtype=np.int32), token_BT.shape)
   return token_BT, np.ones_like(token_BT), position_BT
 
 
-def _ours(config, params, token_BT):
-  """A function of nothing: one step of this package, returning the loss before it."""
+def _ours(config, params):
+  """A function of token_BT [batch, T + 1]: one step of this package, returning the loss before it."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -136,7 +150,9 @@ def _ours(config, params, token_BT):
   from tiny_aya_jax.train.optimizer import decay_mask
 
   cfg, adamw = config.model, config.optimizer
-  model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll)
+  model = TinyAya(
+      cfg, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll, config.matmul
+  )
   tx = optax.chain(
       optax.clip_by_global_norm(adamw.clip),
       optax.adamw(
@@ -144,19 +160,17 @@ def _ours(config, params, token_BT):
           weight_decay=adamw.weight_decay, mask=decay_mask,
       ),
   )
-  inputs, target_BT = jax.device_put((_inputs(token_BT[:, :-1]), token_BT[:, 1:]))
-  weight_BT = jnp.ones(target_BT.shape, jnp.float32)
 
-  def loss(params):
-    hidden_BTD = model.apply({"params": params}, *inputs)
+  def loss(params, rows, target_BT):
+    hidden_BTD = model.apply({"params": params}, *rows)
     sum, count, _ = losses.next_token(
-        hidden_BTD, params["embedding_VD"], target_BT, weight_BT,
+        hidden_BTD, params["embedding_VD"], target_BT, jnp.ones(target_BT.shape, jnp.float32),
         logit_scale=cfg.logit_scale, chunk=config.loss_chunk,
     )
     return sum / count
 
-  def update(params, moments):
-    value, gradients = jax.value_and_grad(loss)(params)
+  def update(params, moments, rows, target_BT):
+    value, gradients = jax.value_and_grad(loss)(params, rows, target_BT)
     updates, moments = tx.update(gradients, moments, params)
     return optax.apply_updates(params, updates), moments, value
 
@@ -164,21 +178,27 @@ def _ours(config, params, token_BT):
   state = jax.device_put(jax.tree.map(jnp.array, params))
   state = [state, tx.init(state)]
 
-  def step():
-    *state[:], value = update(*state)
+  def step(token_BT):
+    *state[:], value = update(*state, inputs(token_BT[:, :-1]), token_BT[:, 1:])
     return float(jax.block_until_ready((state, value))[1])
 
   return step
 
 
-def _theirs(config, params, token_BT, compiled):
-  """The same step in PyTorch: fused AdamW, clip_grad_norm_, SDPA, the loss compiled with the model."""
+def theirs(config, params, compiled, device="cpu", tuned=False):
+  """The same step in PyTorch: fused AdamW, clip_grad_norm_, SDPA, the loss compiled with the model.
+
+  tuned: the model and loss of bench_torch.py, instead of `transformers`' own.
+  """
   torch = _package("torch")
   torch.set_num_threads(config.threads)
   adamw = config.optimizer
-  model = _cohere2(config.model, params)
-  input_ids = torch.tensor(token_BT[:, :-1].astype(np.int64))
-  target = torch.tensor(token_BT[:, 1:].astype(np.int64)).flatten()
+  if tuned:
+    from tiny_aya_jax.bench_torch import Tuned
+
+    loss = model = Tuned(config.model, params, config.T, getattr(torch, config.dtype), device)
+  else:
+    model, loss = _cohere2(config.model, params, device)
   matrices, rest = [], []
   for name, parameter in model.named_parameters():
     (rest if "norm" in name or "embed" in name else matrices).append(parameter)
@@ -186,18 +206,14 @@ def _theirs(config, params, token_BT, compiled):
   optimizer = torch.optim.AdamW(
       groups, adamw.learning_rate, (adamw.b1, adamw.b2), adamw.eps, adamw.weight_decay, fused=True
   )
+  loss = torch.compile(loss, dynamic=False) if compiled else loss
 
-  def loss():
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target)
-
-  loss = torch.compile(loss) if compiled else loss
-  autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-  def step():
+  def step(token_BT):
     optimizer.zero_grad(set_to_none=True)
-    with autocast:
-      value = loss()
+    token_BT = torch.tensor(token_BT.astype(np.int64), device=device)
+    with _kernels(device), torch.autocast(
+        device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+      value = loss(token_BT[:, :-1], token_BT[:, 1:])
     value.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), adamw.clip)
     optimizer.step()
@@ -206,20 +222,32 @@ def _theirs(config, params, token_BT, compiled):
   return step
 
 
-def _cohere2(cfg, params):
-  """transformers' model of the same shape, holding the same numbers (tiny_aya.md 1.2)."""
+def _kernels(device):
+  """On a GPU, what SDPA may use, cuDNN first; it chooses by itself elsewhere."""
+  from torch.nn.attention import SDPBackend, sdpa_kernel
+
+  if device == "cpu":
+    return contextlib.nullcontext()
+  names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+  return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
+
+
+def _cohere2(cfg, params, device):
+  """transformers' model of the same shape, holding the same numbers (tiny_aya.md 1.2), and its loss."""
   import torch
 
   from tiny_aya_jax.model.transformer import BLOCKS
 
   transformers = _package("transformers")
-  model = transformers.Cohere2ForCausalLM(transformers.Cohere2Config(
+  config = transformers.Cohere2Config(
       vocab_size=cfg.V, hidden_size=cfg.D, intermediate_size=cfg.F, num_hidden_layers=4 * cfg.L,
       num_attention_heads=cfg.N, num_key_value_heads=cfg.K, logit_scale=cfg.logit_scale,
       layer_norm_eps=cfg.norm_epsilon, sliding_window=cfg.window, pad_token_id=None,
       bos_token_id=None, eos_token_id=None,
       rope_parameters=dict(rope_type="default", rope_theta=cfg.rope_theta),
-  ))
+  )
+  with torch.device(device):
+    model = transformers.Cohere2ForCausalLM(config).train()
 
   def copy(module, value, columns=None):
     flat = value if columns is None else value.reshape(columns, -1).T
@@ -237,12 +265,16 @@ def _cohere2(cfg, params):
     copy(layer.mlp.gate_proj, block["gate_DF"], cfg.D)
     copy(layer.mlp.up_proj, block["up_DF"], cfg.D)
     copy(layer.mlp.down_proj, block["down_FD"], cfg.F)
-  return model.train()
+
+  def loss(token_BT, target_BT):
+    logits = model(input_ids=token_BT, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target_BT.flatten())
+
+  return model, loss
 
 
-def _agree(sides, tolerance, say):
-  """Refuses unless every side's losses of the first steps are ours within `tolerance` nats."""
-  losses = {side: [step() for _ in range(AGREED_STEPS)] for side, step in sides.items()}
+def agree(losses, tolerance, say):
+  """Refuses unless every side's losses {side: [of each step]} are ours within `tolerance` nats."""
   for side, theirs in losses.items():
     say(f"losses, {side}: " + " ".join(f"{value:.6f}" for value in theirs))
     apart = max(abs(a - b) for a, b in zip(losses["ours"], theirs))
@@ -255,9 +287,10 @@ def _agree(sides, tolerance, say):
       )
 
 
-def _timed(step):
+def timed(step, *arguments):
+  """Seconds of step(*arguments), which returns when it is done."""
   begin = time.perf_counter()
-  step()
+  step(*arguments)
   return time.perf_counter() - begin
 
 
