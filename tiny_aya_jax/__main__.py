@@ -16,7 +16,7 @@ VERBS = dict(
     export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
     talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),
     plan=("tiny_aya_jax.plan", "does a run fit a TPU slice, how fast, how long, for how much"),
-    bench=("tiny_aya_jax.bench", "times a training step, or the loader, beside others"),
+    bench=("tiny_aya_jax.bench", "times a training step, its pieces or the loader beside others"),
     verify=("tiny_aya_jax.train.verify", "compares a checkpoint, or packed rows, with their digests"),
 )
 WITHOUT_WORKDIR = ("plan", "bench", "verify")
