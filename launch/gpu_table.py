@@ -4,10 +4,10 @@
   python launch/gpu_table.py --small                          tiny sizes, on a CPU too
 
 Needs jax, flax, optax, and for G2 and G3 torch and transformers; neither grain nor ml_collections,
-nor this package installed. Sides run in processes of their own, in turns, each with the largest batch
-that fits. A row that fails or comes after the minutes says so, and the next begins. Goals are for
-one H200: elsewhere there are figures, but no verdicts. Compiled programs are kept for the run, or in
-JAX_COMPILATION_CACHE_DIR for the next.
+nor this package installed. Sides run in processes of their own, in turns, each with the largest
+batch that fits. A row that fails or comes after the minutes says so, and the next begins. Goals are
+for one H200: elsewhere there are figures, but no verdicts. Compiled programs are kept for the run,
+or in JAX_COMPILATION_CACHE_DIR for the next.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tiny_aya_jax import bench_pieces as pieces, run
+from tiny_aya_jax import bench_pieces as pieces, bench_steps as steps, run
 
 CONFIG = runpy.run_path(str(ROOT / "experiments" / "bench.py"))["FULL"]
 SMALL = dict(
@@ -34,7 +34,7 @@ SMALL = dict(
 # tokens, which fill every matmul.
 BATCHES = {
     3: dict(ours=(8, 4, 2), fp8=(8, 4, 2), plain=(2, 1), transformers=(2, 1), tuned=(8, 4, 2, 1)),
-    9: dict(ours=(4, 2, 1), transformers=(1,)),
+    9: dict(ours=(4, 2, 1), fp8=(4, 2, 1), plain=(1,), transformers=(1,), tuned=(2, 1)),
 }
 # id: what, how its figure is written, must, target (performance.md 6); of the first two figures at
 # least is good, of the others at most.
@@ -57,7 +57,7 @@ AGAIN = ("G1", "G2", "G9")  # with all layers
 def main():
   asked = parse()
   deadline = time.monotonic() + 60 * asked.minutes
-  about = pieces.call(dict(piece="about", threads=0))
+  about = steps.call(dict(piece="about", threads=0))
   fields = configured(asked, about)
   with tempfile.TemporaryDirectory(prefix="gpu_table_") as folder:
     fields["cache"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)
@@ -110,7 +110,7 @@ def configured(asked, about):
 def rows(fields, deadline, asked):
   """{id: a function of nothing -> (figure, what else to say)}."""
   def call(**changes):
-    return pieces.call(fields, deadline, **changes)
+    return steps.call(fields, deadline, **changes)
 
   def batches(side):
     given = fields["batches"]
@@ -118,11 +118,11 @@ def rows(fields, deadline, asked):
 
   def g1():
     result = call(side="ours", batches=batches("ours"))
-    return pieces.utilisation(fields, result)[1], pieces.describe(fields, result)
+    return steps.utilisation(fields, result)[1], steps.describe(fields, result)
 
   def ratio(ours, theirs, **changes):
-    found = pieces.alternate(fields | changes, (ours, theirs), f"  {ours} and {theirs}", deadline)
-    speeds = [pieces.speed(fields, found[side]) for side in (ours, theirs)]
+    found = steps.alternate(fields | changes, (ours, theirs), f"  {ours} and {theirs}", deadline)
+    speeds = [steps.speed(fields, found[side]) for side in (ours, theirs)]
     return speeds[0] / speeds[1], "; ".join(
         f"{side} {speed:,.0f} tokens/s, batch {found[side]['batch']}"
         for side, speed in zip((ours, theirs), speeds))
@@ -137,16 +137,14 @@ def rows(fields, deadline, asked):
 
   def g9():
     result = call(side="ours", batches=(1,), remat="attn", steps=2)
-    return result["peak"] / pieces.GIB, pieces.describe(fields, result)
+    return result["peak"] / steps.GIB, steps.describe(fields, result)
 
   @functools.cache
   def attention():
     return call(piece="attention", lengths=(fields["T"],), batch=1, turns=5, tolerance=3e-2)
 
   def g7():
-    found, ours = attention(), fields["attention"]
-    kinds = [found[f"T {fields['T']}, {kind}"][ours][0] for kind in ("window", "full")]
-    return kinds[0] / kinds[1], f"{1000 * kinds[0]:.4g} over {1000 * kinds[1]:.4g} ms"
+    return pieces.windowed(attention(), fields["T"], fields["attention"]), "one document a row"
 
   def g8():
     return pieces.packing(attention(), fields["T"], fields["attention"]), "worst of full and window"
@@ -155,10 +153,11 @@ def rows(fields, deadline, asked):
     T, against = fields["T"], ("ours", "recompute tile")
     found = call(piece="loss", lengths=(T,), batch=4, losses=against, turns=5, tolerance=3e-2)
     (ours, peak), (theirs, _) = (found[f"T {T}"][side] for side in against)
-    return theirs / ours, f"4 x {T}; ours {1000 * ours:.4g} ms, peak {peak / pieces.GIB:.2f} GiB (must 6)"
+    peak /= steps.GIB
+    return theirs / ours, f"4 x {T}; ours {1000 * ours:.4g} ms, peak {peak:.2f} GiB, must 6"
 
   def g10():
-    found = pieces.start(pieces.Fields(fields | dict(batches=batches("ours")[-1:])), deadline)
+    found = pieces.start(steps.Fields(fields | dict(batches=batches("ours")[-1:])), deadline)
     return found["warm"], f"{found['cold']:.0f} s with nothing compiled"
 
   return dict(
@@ -176,7 +175,7 @@ def row(name, measure, fields, device):
   try:
     figure, words = measure()
   except Exception as error:  # the next row may still be measured
-    reason = error if isinstance(error, pieces.Unmeasured) else f"{type(error).__name__}: {error}"
+    reason = error if isinstance(error, steps.Unmeasured) else f"{type(error).__name__}: {error}"
     return head + f"unmeasured: {' '.join(str(reason).split())} |"
   shown = written.format(figure) if figure is not None else "peak of this device unknown"
   return head + f"{shown} ({words}) | {verdict(name, figure, fields, device)}"

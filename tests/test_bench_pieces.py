@@ -1,4 +1,4 @@
-"""The pieces' sides compute the same, their lines say what was measured, and the table never ends early."""
+"""Sides of a piece compute the same, their lines say what was measured, no row ends the table."""
 
 import pathlib
 import runpy
@@ -30,6 +30,13 @@ def pieces():
   from tiny_aya_jax import bench_pieces
 
   return bench_pieces
+
+
+@pytest.fixture(scope="module")
+def steps():
+  from tiny_aya_jax import bench_steps
+
+  return bench_steps
 
 
 @pytest.fixture(scope="module")
@@ -77,29 +84,29 @@ def test_steps_of_two_processes_take_turns_agree_and_are_said_as_measured(capfd)
   assert ours < plain < said.index("losses, plain: ") < said.index("step: ours / plain ")
 
 
-def test_eight_bits_move_the_first_losses_little(pieces):
-  found = losses(pieces, "ours", "fp8")
+def test_eight_bits_move_the_first_losses_little(pieces, steps):
+  found = losses(steps, "ours", "fp8")
   assert found["ours"] != found["fp8"]
   np.testing.assert_allclose(found["fp8"], found["ours"], rtol=pieces.FP8)
 
 
-def losses(pieces, *sides, **fields):
+def losses(steps, *sides, **fields):
   """Losses of the first steps by side, in this process; weights are wide, so that masks matter."""
   found = {}
   for side in sides:
-    given = pieces.Fields(config(**fields).to_dict() | dict(side=side, begun=0))
-    params = pieces._params(given)
+    given = steps.Fields(config(**fields).to_dict() | dict(side=side, begun=0))
+    params = steps._params(given)
     for block in params["periods"].values():
       for weight in block.keys() - {"norm_D"}:
         block[weight] = block[weight] * 20
-    found[side] = pieces._train(given, params, 2)["losses"]
+    found[side] = steps._train(given, params, 2)["losses"]
   return found
 
 
-def test_the_steps_in_pytorch_are_ours(pieces, monkeypatch):
+def test_the_steps_in_pytorch_are_ours(steps, monkeypatch):
   torch = pytest.importorskip("torch")
   monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-  found = losses(pieces, "ours", "tuned", "transformers",
+  found = losses(steps, "ours", "tuned", "transformers",
                  model=TINY["model"] | dict(window=8, logit_scale=0.7))
   for side in ("tuned", "transformers"):
     np.testing.assert_allclose(found[side], found["ours"], rtol=2e-5)
@@ -134,9 +141,9 @@ def test_the_table_is_of_the_model_that_is_pretrained(table):
   assert table["CONFIG"]["T"] == pretrain.data.T
 
 
-def test_a_row_that_fails_says_why_and_has_no_figure(pieces, table):
+def test_a_row_that_fails_says_why_and_has_no_figure(steps, table):
   def fails():
-    raise pieces.Unmeasured("no such kernel")
+    raise steps.Unmeasured("no such kernel")
 
   fields = table["CONFIG"]
   line = table["row"]("G3", fails, fields, "NVIDIA H200")
@@ -156,8 +163,8 @@ def test_a_verdict_is_for_the_goals_machine_and_sizes_only(table, name, figure, 
   assert "no verdict" in table["verdict"](name, figure, fields | dict(T=128), "NVIDIA H200")
 
 
-def test_a_side_that_fails_or_is_late_is_unmeasured(pieces):
-  with pytest.raises(pieces.Unmeasured, match="KeyError: 'nobody'"):
-    pieces.call(config().to_dict(), side="nobody")
-  with pytest.raises(pieces.Unmeasured, match="the time is up"):
-    pieces.call(config().to_dict(), deadline=0)
+def test_a_side_that_fails_or_is_late_is_unmeasured(steps):
+  with pytest.raises(steps.Unmeasured, match="KeyError: 'nobody'"):
+    steps.call(config().to_dict(), side="nobody")
+  with pytest.raises(steps.Unmeasured, match="the time is up"):
+    steps.call(config().to_dict(), deadline=0)

@@ -140,7 +140,7 @@ def inputs(token_BT):
 
 
 def _ours(config, params):
-  """A function of token_BT [batch, T + 1]: one step of this package, returning the loss before it."""
+  """A function of token_BT [batch, T + 1]: one step of this package, returning the loss before."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -233,7 +233,7 @@ def _kernels(device):
 
 
 def _cohere2(cfg, params, device):
-  """transformers' model of the same shape, holding the same numbers (tiny_aya.md 1.2), and its loss."""
+  """transformers' model of the same shape and numbers (tiny_aya.md 1.2), and its loss."""
   import torch
 
   from tiny_aya_jax.model.transformer import BLOCKS
@@ -274,10 +274,12 @@ def _cohere2(cfg, params, device):
 
 
 def agree(losses, tolerance, say):
-  """Refuses unless every side's losses {side: [of each step]} are ours within `tolerance` nats."""
+  """Refuses unless all sides' losses {side: [of each step]} are the first side's, ours, within
+  `tolerance` nats."""
+  ours = next(iter(losses.values()))
   for side, theirs in losses.items():
     say(f"losses, {side}: " + " ".join(f"{value:.6f}" for value in theirs))
-    apart = max(abs(a - b) for a, b in zip(losses["ours"], theirs))
+    apart = max(abs(a - b) for a, b in zip(ours, theirs))
     if not apart <= tolerance:  # also when a loss is not a number
       from tiny_aya_jax import run
 

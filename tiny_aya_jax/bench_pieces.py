@@ -1,61 +1,32 @@
 """How long the parts of a training step take, and what they hold, beside named opponents.
 
-attention, loss, block: forward and backward in this process. Sides take turns, because on a busy
+attention, loss, block: forward and backward, in this process. Sides take turns, because on a busy
 machine only ratios within one run mean anything, and must give the same numbers first, or the
-comparison is void. step, fp8, start: whole training steps, a process a side and turn, so that each
-has the device's memory to itself and may take the largest batch that fits; every side's first steps
-see one row, however often, so their losses must agree. Needs neither grain nor ml_collections:
-launch/gpu_table.py runs it where they are not.
+comparison is void. step, fp8, start: whole training steps, bench_steps.py.
 
-  python -m tiny_aya_jax.bench_pieces FIELDS.json RESULT.json    what `call` starts
+  python -m tiny_aya_jax.bench_pieces FIELDS.json RESULT.json    what bench_steps.call starts
 """
 
 import functools
-import gc
 import json
-import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiny_aya_jax import axes, bench, flops, run
+from tiny_aya_jax import bench, bench_steps, flops, run
+from tiny_aya_jax.bench_steps import GIB, Fields, scaled_logits
 from tiny_aya_jax.model import losses
 from tiny_aya_jax.model.attention import attention as attend
-from tiny_aya_jax.model.transformer import Block, TinyAya, logits, remat_policy
-from tiny_aya_jax.train import optimizer, step as steps
+from tiny_aya_jax.model.transformer import Block, remat_policy
 
-GIB = 2**30
 FP8 = 1e-2  # of the first loss: what 8 bits may move the first losses
 DOCUMENT = 700  # tokens of a packed document, the mean of an exponential, as bench_loader.py's
-PEAK = {  # dense bf16 operations a second, by device kind: NVIDIA's data sheets
-    "NVIDIA H200": 989.4e12, "NVIDIA H100 80GB HBM3": 989.4e12,
-}  # fmt: skip
-
-
-class Unmeasured(Exception):
-  """Why there is no figure, in one line."""
-
-
-class Fields(types.SimpleNamespace):
-  """A config without ml_collections: of a dict, whose dicts are Fields."""
-
-  def __init__(self, values):
-    super().__init__(**{
-        name: Fields(value) if isinstance(value, dict) else value for name, value in values.items()
-    })
-
-  def to_dict(self):
-    return {name: value.to_dict() if isinstance(value, Fields) else value
-            for name, value in vars(self).items()}
 
 
 def main(config):
@@ -66,43 +37,45 @@ def main(config):
   device = jax.devices()[0]
   run.say(f"{bench.versions('jax', 'jaxlib')}; {device.device_kind}")
   cfg = config.model
-  run.say(f"D {cfg.D}, F {cfg.F}, {cfg.N}/{cfg.K} heads of {cfg.H}, V {cfg.V}, window {cfg.window}, "
-          f"{config.dtype}; {config.turns} turns of {config.steps}, medians; memory is what XLA allocates")
+  run.say(f"{4 * cfg.L} layers, D {cfg.D}, F {cfg.F}, {cfg.N}/{cfg.K} heads of {cfg.H}, "
+          f"V {cfg.V}, window {cfg.window}, {config.dtype}; medians of {config.turns} turns of "
+          f"{config.steps}; memory is what XLA allocates")
   for piece in config.pieces:
     PIECES[piece](config)
-
-
-# --- In this process -------------------------------------------------------------------------------
 
 
 def attention(config):
   """Full and windowed, one document a row and packed; -> {"T 8192, full": {side: (s, bytes)}}.
 
-  Windowed only where the row is longer. With 'cudnn' also the public kernel that knows no documents.
+  Windowed only where the row is longer. With 'cudnn' also the public kernel that has no documents.
   """
-  cfg, dtype = config.model, jnp.dtype(config.dtype)
-  cases = {}
+  cfg, ours, cases = config.model, config.attention, {}
   for T in config.lengths:
-    q, k, v, d = (
-        jax.random.normal(jax.random.key(seed), (config.batch, T, heads, cfg.H), dtype)
-        for seed, heads in enumerate((cfg.N, cfg.K, cfg.K, cfg.N))
+    d, *inputs = (
+        jax.random.normal(
+            jax.random.key(seed), (config.batch, T, heads, cfg.H), jnp.dtype(config.dtype))
+        for seed, heads in enumerate((cfg.N, cfg.N, cfg.K, cfg.K))
     )
     for window in (None, cfg.window) if cfg.window < T else (None,):
       for packed in (False, True):
-        sides = {side: _attention(side, window) for side in (config.attention, "reference")}
-        if config.attention == "cudnn" and not packed:
+        sides = {side: _attend(side, window) for side in (ours, "reference")}
+        if ours == "cudnn" and not packed:
           sides["jax.nn cudnn"] = _without_documents(window)
-        case = f"T {T}, {window and 'window' or 'full'}{', packed' * packed}"
-        cases[case] = (q, k, v, d, *_rows(config.batch, T, packed)), sides
+        case = f"T {T}, {'window' if window else 'full'}{', packed' * packed}"
+        cases[case] = (d, _rows(config.batch, T, packed), *inputs), sides
   found = _race("attention", cases, config)
   for T in config.lengths:
-    full, window = (found.get(f"T {T}, {kind}", {}) for kind in ("full", "window"))
-    if window:
-      ratio = window[config.attention][0] / full[config.attention][0]
+    if cfg.window < T:
       pairs = flops.pairs(T, cfg.window) / flops.pairs(T)
-      run.say(f"attention T {T}: windowed over full {ratio:.2f}; of the pairs it is {pairs:.2f}")
-    run.say(f"attention T {T}: packing costs {packing(found, T, config.attention):+.1%}")
+      run.say(f"attention T {T}: windowed over full {windowed(found, T, ours):.2f}, with "
+              f"{pairs:.2f} of the pairs")
+    run.say(f"attention T {T}: packing costs {packing(found, T, ours):+.1%}")
   return found
+
+
+def windowed(found, T, backend):
+  """Time of windowed over full attention of one document, from what `attention` found."""
+  return found[f"T {T}, window"][backend][0] / found[f"T {T}, full"][backend][0]
 
 
 def packing(found, T, backend):
@@ -143,45 +116,39 @@ def block(config):
                   for seed in range(2))
   rows = _rows(config.batch, T, packed=True)
 
+  def module(backend):
+    return Block(cfg, jnp.dtype(config.dtype), backend, cfg.window, config.matmul)
+
   def side(backend, remat):
-    module = Block(cfg, jnp.dtype(config.dtype), backend, cfg.window, config.matmul)
+    def apply(rows, params, x_BTD):
+      return module(backend).apply({"params": params}, x_BTD, *rows)
 
-    def apply(params, x_BTD):
-      return module.apply({"params": params}, x_BTD, *rows)
+    return _both_ways(apply if remat == "none" else jax.checkpoint(
+        apply, policy=remat_policy(remat)))
 
-    apply = apply if remat == "none" else jax.checkpoint(apply, policy=remat_policy(remat))
-
-    def forward_backward(params, x_BTD, d_BTD):
-      out_BTD, back = jax.vjp(apply, params, x_BTD)
-      return out_BTD, back(d_BTD)
-
-    return module, forward_backward
-
-  sides = {remat: side(config.attention, remat)[1] for remat in config.remats}
-  module, sides["plain"] = side("reference", "none")
-  params = module.init(jax.random.key(0), x_BTD, *rows)["params"]
-  return _race("block", {f"T {T}": ((params, x_BTD, d_BTD), sides)}, config)
+  sides = {remat: side(config.attention, remat) for remat in config.remats}
+  sides["plain"] = side("reference", "none")
+  params = module("reference").init(jax.random.key(0), x_BTD, *rows)["params"]
+  return _race("block", {f"T {T}": ((d_BTD, rows, params, x_BTD), sides)}, config)
 
 
-def _attention(backend, window):
-  def forward_backward(q, k, v, d, segment_BT, position_BT):
-    out, back = jax.vjp(lambda q, k, v: attend(
-        q, k, v, segment_BT=segment_BT, position_BT=position_BT, window=window, backend=backend,
-    ), q, k, v)
+def _both_ways(function):
+  """function(rows, *x) -> (d, rows, *x) to its value and the gradients of x where that has d."""
+  def forward_backward(d, rows, *x):
+    out, back = jax.vjp(functools.partial(function, rows), *x)
     return out, back(d)
 
   return forward_backward
+
+
+def _attend(backend, window):
+  return _both_ways(lambda rows, *qkv: attend(
+      *qkv, segment_BT=rows[0], position_BT=rows[1], window=window, backend=backend))
 
 
 def _without_documents(window):
-  def forward_backward(q, k, v, d, *_):
-    out, back = jax.vjp(lambda q, k, v: jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=window and (window - 1, 0),
-        implementation="cudnn",
-    ), q, k, v)
-    return out, back(d)
-
-  return forward_backward
+  return _both_ways(lambda rows, *qkv: jax.nn.dot_product_attention(
+      *qkv, is_causal=True, local_window_size=window and (window - 1, 0), implementation="cudnn"))
 
 
 def _rows(B, T, packed):
@@ -201,20 +168,12 @@ def _fused(hidden_BTD, table_VD, target_BT, *, logit_scale, chunk):
       hidden_BTD, table_VD, target_BT, weight_BT, logit_scale=logit_scale, chunk=chunk)[0]
 
 
-def _materialised(hidden_BTD, table_VD, target_BT, *, logit_scale, chunk=None):
-  """All logits at once: the definition."""
-  cfg = types.SimpleNamespace(logit_scale=logit_scale)
-  share_BTV = jax.nn.log_softmax(logits(dict(embedding_VD=table_VD), hidden_BTD, cfg))
-  return -jnp.take_along_axis(share_BTV, target_BT[..., None], axis=-1).sum()
-
-
 def _recompute_tile(hidden_BTD, table_VD, target_BT, *, logit_scale, chunk):
-  """Tiles of as many tokens against the whole table; the backward pass makes the logits again from
-  the saved logsumexp, four matmuls for three (marin's batched_xla.py, performance.md 2.4)."""
-  head_VD = table_VD.astype(hidden_BTD.dtype)
+  """As many tokens at a time; the backward pass makes their logits again from the saved logsumexp:
+  four matmuls for three (marin's batched_xla.py, performance.md 2.4)."""
   tile = min(chunk * hidden_BTD.shape[0], target_BT.size)
-  tiles = hidden_BTD.reshape(-1, tile, hidden_BTD.shape[-1]), target_BT.reshape(-1, tile)
-  return _tiles(*tiles, head_VD, logit_scale)
+  return _tiles(hidden_BTD.reshape(-1, tile, hidden_BTD.shape[-1]), target_BT.reshape(-1, tile),
+                table_VD.astype(hidden_BTD.dtype), logit_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -225,39 +184,36 @@ def _tiles(hidden_MRD, target_MR, head_VD, logit_scale):
 def _tiles_forward(hidden_MRD, target_MR, head_VD, logit_scale):
   def step(sum, tile):
     hidden_RD, target_R = tile
-    logits_RV = _tile_logits(hidden_RD, head_VD, logit_scale)
+    logits_RV = scaled_logits(hidden_RD, head_VD, logit_scale)
     logsumexp_R = jax.nn.logsumexp(logits_RV, axis=-1)
     right_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
     return sum + (logsumexp_R - right_R).sum(), logsumexp_R
 
   sum, logsumexp_MR = jax.lax.scan(step, jnp.float32(0), (hidden_MRD, target_MR))
-  return sum, (hidden_MRD, target_MR, head_VD, logsumexp_MR)
+  return sum, (head_VD, (hidden_MRD, target_MR, logsumexp_MR))
 
 
 def _tiles_backward(logit_scale, kept, d_sum):
-  *tiles, head_VD, logsumexp_MR = kept
+  head_VD, tiles = kept
 
   def step(d_head_VD, tile):
     hidden_RD, target_R, logsumexp_R = tile
-    share_RV = jnp.exp(_tile_logits(hidden_RD, head_VD, logit_scale) - logsumexp_R[:, None])
+    share_RV = jnp.exp(scaled_logits(hidden_RD, head_VD, logit_scale) - logsumexp_R[:, None])
     hit_RV = target_R[:, None] == jnp.arange(head_VD.shape[0])
     d_RV = ((share_RV - hit_RV) * (logit_scale * d_sum)).astype(head_VD.dtype)
     d_head_VD += jnp.matmul(d_RV.T, hidden_RD, preferred_element_type=jnp.float32)
     return d_head_VD, d_RV @ head_VD
 
-  zero = jnp.zeros(head_VD.shape, jnp.float32)
-  d_head_VD, d_hidden_MRD = jax.lax.scan(step, zero, (*tiles, logsumexp_MR))
+  d_head_VD, d_hidden_MRD = jax.lax.scan(step, jnp.zeros(head_VD.shape, jnp.float32), tiles)
   return d_hidden_MRD, None, d_head_VD.astype(head_VD.dtype)
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
-def _tile_logits(hidden_RD, head_VD, logit_scale):
-  return jnp.matmul(hidden_RD, head_VD.T, preferred_element_type=jnp.float32) * logit_scale
-
-
-LOSSES = {"ours": _fused, "recompute tile": _recompute_tile, "materialised": _materialised}
+LOSSES = {
+    "ours": _fused, "recompute tile": _recompute_tile, "materialised": bench_steps.materialised,
+}  # fmt: skip
 
 
 def _race(what, cases, config):
@@ -267,10 +223,10 @@ def _race(what, cases, config):
   """
   calls, peaks = {}, {}
   for case, (arguments, sides) in cases.items():
-    first = None
+    first, arguments = None, jax.device_put(arguments)
     for side, function in sides.items():
       compiled = jax.jit(function).lower(*arguments).compile()
-      peaks[case, side] = _allocated(compiled)
+      peaks[case, side] = bench_steps.allocated(compiled)
       calls[case, side] = functools.partial(compiled, *arguments)
       out = calls[case, side]()
       first = out if first is None else first
@@ -293,126 +249,38 @@ def _race(what, cases, config):
   return found
 
 
-def _allocated(compiled):
-  """Bytes of arguments, results and temporaries; XLA's own peak leaves out temporaries on CPU."""
-  memory = compiled.memory_analysis()
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-          + memory.temp_size_in_bytes)
-
-
 def _same(what, ours, theirs, tolerance):
   """Refuses arrays whose largest difference is more than tolerance of the largest element."""
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    apart = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a)))
+    apart = float(jnp.max(jnp.abs(a - b)).astype(jnp.float32) / jnp.max(jnp.abs(a)))
     if not apart <= tolerance:  # also when it is not a number
-      raise run.Refused(f"{what} differs from ours by {apart:.2e} of the largest element, more than "
-                        f"{tolerance:.0e}: the times of different computations say nothing")
-
-
-# --- A process a side and turn ---------------------------------------------------------------------
+      raise run.Refused(
+          f"{what} differs from ours by {apart:.2e} of the largest element, more than "
+          f"{tolerance:.0e}: the times of different computations say nothing")
 
 
 def step(config):
   """The whole training step beside plain Flax: scanned, naive attention, all logits, full remat."""
-  return alternate(config.to_dict(), ("ours", "plain"), "step")
+  return bench_steps.alternate(config.to_dict(), ("ours", "plain"), "step")
 
 
 def fp8(config):
   """The training step with 8-bit matmuls beside bfloat16's, or whatever config.dtype is."""
-  return alternate(config.to_dict() | dict(tolerance=FP8), ("fp8", "ours"), "fp8")
+  return bench_steps.alternate(config.to_dict() | dict(tolerance=FP8), ("fp8", "ours"), "fp8")
 
 
 def start(config, deadline=None):
   """Seconds from a process's start to its first step's end, nothing compiled before, then again."""
   fields = config.to_dict() | dict(steps=1)
   with tempfile.TemporaryDirectory(prefix="bench_cache_") as cache:
-    cold, warm = (call(fields, deadline, side="ours", cache=cache)["first"] for _ in range(2))
-  run.say(f"start: first step done {cold:.1f} s after the process began, {warm:.1f} s from the cache")
+    cold, warm = (
+        bench_steps.call(fields, deadline, side="ours", cache=cache)["first"] for _ in range(2))
+  run.say(f"start: first step done {cold:.1f} s after the process began, {warm:.1f} s when "
+          "compiled before")
   return dict(cold=cold, warm=warm)
 
 
 PIECES = dict(attention=attention, loss=loss, block=block, step=step, fp8=fp8, start=start)
-
-
-def alternate(fields, sides, what, deadline=None):
-  """Runs config.turns turns of sides; -> {side: result of `train`, its seconds of all turns}.
-
-  The first side is set beside the others. fields: a config as a dict, whose `batches` are the sizes
-  to try, largest first, {side: sizes} or one list.
-  """
-  found = {}
-  for turn in range(fields["turns"]):
-    for side in sides:
-      batches = fields["batches"]
-      batches = [found[side]["batch"]] if side in found else (
-          batches[side] if isinstance(batches, dict) else batches)
-      result = call(fields, deadline, side=side, batches=batches)
-      if side in found:
-        result["seconds"] += found[side]["seconds"]
-      found[side] = result
-      run.say(f"{what}, turn {turn + 1}/{fields['turns']}: {side} {describe(fields, result)}")
-  ours, *others = sides
-  # Of the first loss, which random parameters put near log(V).
-  bench.agree(dict(ours=found[ours]["losses"]) | {side: found[side]["losses"] for side in others},
-              fields["tolerance"] * found[ours]["losses"][0], run.say)
-  for side in others:
-    run.say(f"{what}: {ours} / {side} {speed(fields, found[ours]) / speed(fields, found[side]):.2f} in "
-            "tokens/s")
-  return found
-
-
-def speed(fields, result):
-  """Tokens a second of a result of `train`."""
-  return result["batch"] * fields["T"] / statistics.median(result["seconds"])
-
-
-def utilisation(fields, result):
-  """(operations a second by formula, their share of the device's peak or None if that is unknown)."""
-  rate = speed(fields, result) * flops.per_token(Fields(fields["model"]), fields["T"])["total"]
-  peak = PEAK.get(result["device"])
-  return rate, peak and rate / peak
-
-
-def describe(fields, result):
-  rate, share = utilisation(fields, result)
-  return (f"{speed(fields, result):,.0f} tokens/s, {1000 * statistics.median(result['seconds']):.4g} ms, "
-          f"batch {result['batch']} x {fields['T']}, {rate / 1e12:.4g} TF/s"
-          + (f", MFU {share:.1%}" if share else "")
-          + f", peak {result['peak'] / GIB:.2f} GiB" * (result["peak"] > 0)
-          + f", first step after {result['first']:.0f} s")
-
-
-def call(fields, deadline=None, **changes):
-  """Runs this file in a process of its own on a config given as a dict; -> what it found.
-
-  Its lines go where ours go. Unmeasured if it fails, or is not done at `deadline` (time.monotonic).
-  """
-  left = None if deadline is None else deadline - time.monotonic()
-  if left is not None and left <= 0:
-    raise Unmeasured("the time is up")
-  fields = fields | changes | dict(begun=time.time())
-  environment = os.environ | dict(
-      PYTHONPATH=os.pathsep.join([str(pathlib.Path(__file__).parents[1]),
-                                  os.environ.get("PYTHONPATH", "")]),
-      XLA_PYTHON_CLIENT_MEM_FRACTION="0.95",
-  )
-  if fields.get("side") in ("transformers", "tuned"):
-    environment["JAX_PLATFORMS"] = "cpu"  # the GPU's memory is PyTorch's
-  with tempfile.TemporaryDirectory(prefix="bench_call_") as folder:
-    given, result = (pathlib.Path(folder, name) for name in ("fields.json", "result.json"))
-    given.write_text(json.dumps(fields), encoding="utf-8")
-    command = [sys.executable, "-m", "tiny_aya_jax.bench_pieces", str(given), str(result)]
-    try:
-      done = subprocess.run(command, env=environment, timeout=left, check=False)
-    except subprocess.TimeoutExpired:
-      raise Unmeasured(f"not done in the {left:.0f} s that were left") from None
-    if not result.exists():
-      raise Unmeasured(f"its process ended with code {done.returncode}")
-    found = json.loads(result.read_text(encoding="utf-8"))
-  if isinstance(found, dict) and "error" in found:
-    raise Unmeasured(found["error"])
-  return found
 
 
 def _answer(given, result):
@@ -426,7 +294,8 @@ def _answer(given, result):
       jax.config.update("jax_compilation_cache_dir", config.cache)
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
       jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    found = CALLS[config.piece](config) if hasattr(config, "piece") else train(config)
+    found = CALLS[config.piece](config) if hasattr(config, "piece") else (
+        bench_steps.train(config))
   except Exception as error:  # whatever it is: the table goes on, and says it
     traceback.print_exc()
     found = dict(error=" ".join(f"{type(error).__name__}: {error}".split())[:200])
@@ -440,161 +309,6 @@ def about(_):
 
 
 CALLS = dict(about=about, attention=attention, loss=loss)
-
-
-def train(config):
-  """Trains config.side by the largest of config.batches that fits: the losses of the first steps,
-  which see one row, then timed steps on random rows, or config.learn steps on rows to learn from.
-
-  -> dict(batch, losses, seconds, peak (bytes), first (s since config.begun), device[, learnt]).
-  """
-  params = _params(config)
-  for batch in config.batches:
-    try:
-      return _train(config, params, batch)
-    except Exception as error:  # of jaxlib or torch
-      words = str(error)
-      if batch == config.batches[-1] or not any(
-          sign in words for sign in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
-        raise
-      run.say(f"{config.side}: batch {batch} does not fit")
-    gc.collect()
-    if "torch" in sys.modules:
-      sys.modules["torch"].cuda.empty_cache()
-
-
-def _train(config, params, batch):
-  random = np.random.default_rng(config.seed)
-  shape, V = (batch, config.T + 1), config.model.V
-  row_BT = np.broadcast_to(random.integers(0, V, (1, config.T + 1), np.int32), shape)
-  config.data = Fields(dict(batch=batch, T=config.T))  # what step.py reads of it
-  advance, peak, device = SIDES[config.side](config, params)
-  value = [advance(row_BT)]
-  first = time.time() - config.begun
-  value += [advance(row_BT) for _ in range(bench.AGREED_STEPS - 1)]
-  found = dict(batch=batch, losses=value, first=first, device=device)
-  if getattr(config, "learn", 0):
-    learnt = [advance(_learnable(random, shape, V)) for _ in range(config.learn)]
-    found["learnt"] = float(np.mean(learnt[-max(1, config.learn // 10) :]))
-  token_BT = random.integers(0, V, shape, np.int32)
-  advance(token_BT)
-  seconds = [bench.timed(advance, token_BT) for _ in range(config.steps)]
-  return found | dict(seconds=seconds, peak=peak())
-
-
-def _params(config):
-  """A tree of normal numbers as NumPy, norms 1. They repeat after a prime count: drawing 3.35B of
-  them takes longer than a step is worth, and no two rows of a matrix begin alike."""
-  row_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  tree = jax.eval_shape(TinyAya(config.model).init, jax.random.key(0), row_BT, row_BT, row_BT)
-  normal = 0.02 * np.random.default_rng(config.seed).standard_normal(16_777_213, np.float32)
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.ones(leaf.shape, np.float32) if path[-1].key == "norm_D"
-      else np.resize(normal, leaf.shape), tree["params"])
-
-
-def _learnable(random, shape, V):
-  """Tokens [B, T + 1], three in four a fixed function of the one before: there is a loss to reach."""
-  V = min(V, 4096)
-  token_BT = random.integers(0, V, shape, np.int32)
-  follows_BT = random.random(shape) < 0.75
-  for t in range(1, shape[1]):
-    token_BT[:, t] = np.where(follows_BT[:, t], (token_BT[:, t - 1] * 31 + 7) % V, token_BT[:, t])
-  return token_BT
-
-
-def _ours(config, params):
-  """What `train` compiles and runs, on one device (train/step.py)."""
-  fields, mesh = _train_config(config), axes.mesh(devices=jax.devices()[:1])
-  compiled = steps.compiled(fields, mesh, _rate(config), sources=1)
-  with jax.set_mesh(mesh):
-    state = _state(fields, jax.device_put(params, axes.shardings(mesh, params)))
-  return _advance(compiled, state, functools.partial(axes.place, mesh))
-
-
-def _plain(config, params):
-  """The same step and optimiser around what one writes first in Flax."""
-  fields = _train_config(config, attention="reference", remat="full", unroll=1)
-  model = steps.model(fields)
-
-  def loss(params, batch):
-    hidden_BTD = model.apply(
-        {"params": params}, *(batch[name] for name in ("token_BT", "segment_BT", "position_BT")))
-    sum = _materialised(
-        hidden_BTD, params["embedding_VD"], batch["target_BT"], logit_scale=config.model.logit_scale)
-    return sum, batch["weight_BT"].sum(), dict(nats_BT=jnp.zeros(batch["target_BT"].shape))
-
-  tx = optimizer.adamw(fields.optimizer, _rate(config))
-  advance = jax.jit(functools.partial(
-      steps.train_step, loss=loss, tx=tx, accumulate=1, sources=1), donate_argnums=0)
-  state = _state(fields, jax.device_put(params))
-  batch = jax.tree.map(jnp.asarray, _batch(np.zeros((config.data.batch, config.T + 1), np.int32)))
-  return _advance(advance.lower(state, batch).compile(), state, jax.device_put)
-
-
-def _fp8(config, params):
-  config.matmul = "fp8"
-  return _ours(config, params)
-
-
-def _torch(config, params, tuned=False):
-  import torch
-
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  advance = bench.theirs(config, params, compiled=True, device=device, tuned=tuned)
-  if device == "cpu":
-    return advance, lambda: 0, "cpu"
-  return advance, torch.cuda.max_memory_allocated, torch.cuda.get_device_name()
-
-
-SIDES = dict(ours=_ours, plain=_plain, fp8=_fp8, transformers=_torch,
-             tuned=functools.partial(_torch, tuned=True))
-
-
-def _train_config(config, **changes):
-  """The fields of a train config that step.py reads, from those of a bench config."""
-  adamw = config.optimizer.to_dict()
-  own = dict(
-      loss=dict(chunk=config.loss_chunk, z_loss=0.0), accumulate=1,
-      optimizer=dict(clip=adamw.pop("clip"),
-                     adamw={n: v for n, v in adamw.items() if n != "learning_rate"}),
-  )
-  return Fields(config.to_dict() | own | changes)
-
-
-def _rate(config):
-  return lambda step: config.optimizer.learning_rate
-
-
-def _state(fields, params):
-  tx = optimizer.adamw(fields.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-  return dict(step=jnp.int32(0), params=params, optimizer=jax.jit(tx.init)(params))
-
-
-def _advance(compiled, state, place):
-  """(function of token_BT [B, T + 1] -> the loss before the step, peak bytes so far, device)."""
-  held, device = [state], jax.devices()[0]
-
-  def advance(token_BT):
-    state, metrics = compiled(held.pop(), place(_batch(token_BT)))
-    held.append(state)
-    return float(jax.block_until_ready((state, metrics))[1]["loss"])
-
-  def peak():
-    used = device.memory_stats() or {}  # none on CPU
-    return used.get("peak_bytes_in_use", _allocated(compiled))
-
-  return advance, peak, device.device_kind
-
-
-def _batch(token_BT):
-  """One document a row, as the loader gives it."""
-  token_BT, target_BT = token_BT[:, :-1], token_BT[:, 1:]
-  _, segment_BT, position_BT = bench.inputs(token_BT)
-  return dict(
-      token_BT=token_BT, target_BT=target_BT, segment_BT=segment_BT, position_BT=position_BT,
-      weight_BT=np.ones(target_BT.shape, np.float32), source_B=np.zeros(len(token_BT), np.int32),
-  )
 
 
 if __name__ == "__main__":

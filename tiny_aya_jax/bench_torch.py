@@ -1,4 +1,4 @@
-"""A training step of the same model as one would tune it in PyTorch: what bench.py sets ours beside.
+"""The same model with its loss as one would tune it in PyTorch: what bench.py sets ours beside.
 
 One matmul for q, k and v and one for gate and up; SDPA on full rows, FlexAttention with the window
 as a block mask on GPUs (its CPU version has no backward pass: a boolean mask there); cross-entropy
@@ -50,7 +50,7 @@ class Tuned(nn.Module):
 
 
 class Layer(nn.Module):
-  """One parallel block. rotary: of a sliding one; window: its mask, None where every key is seen."""
+  """One parallel block. rotary: it is a sliding one; window: its mask, None where all is seen."""
 
   def __init__(self, cfg, block, rotary, window):
     super().__init__()
@@ -65,8 +65,8 @@ class Layer(nn.Module):
   def forward(self, x_BTD, turn_2TR):
     cfg = self.cfg
     y_BTD = _norm(x_BTD, self.norm_D, cfg)
-    qkv_BNTH = F.linear(y_BTD, self.qkv_RD.to(y_BTD.dtype)).unflatten(-1, (-1, cfg.H)).transpose(1, 2)
-    q_BNTH, k_BKTH, v_BKTH = qkv_BNTH.split((cfg.N, cfg.K, cfg.K), dim=1)
+    qkv_BTNH = F.linear(y_BTD, self.qkv_RD.to(y_BTD.dtype)).unflatten(-1, (-1, cfg.H))
+    q_BNTH, k_BKTH, v_BKTH = qkv_BTNH.transpose(1, 2).split((cfg.N, cfg.K, cfg.K), dim=1)
     if self.rotary:
       q_BNTH, k_BKTH = _rotate(q_BNTH, turn_2TR), _rotate(k_BKTH, turn_2TR)
     a_BNTH = _attend(q_BNTH, k_BKTH, v_BKTH, self.window)
