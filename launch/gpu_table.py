@@ -82,7 +82,7 @@ def parse():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--small", action="store_true", help="tiny sizes, once a side")
   parser.add_argument("--rows", nargs="+", default=list(GOALS), choices=GOALS, metavar="ROW")
-  parser.add_argument("--layers", type=int, nargs="+", 
+  parser.add_argument("--layers", type=int, nargs="+",
                       help="all rows with so many (12, small 4), then with so many (36) G1, G2, G9")
   parser.add_argument("--minutes", type=float, default=28)
   parser.add_argument("--learn", type=int, default=0,
