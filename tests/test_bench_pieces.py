@@ -84,32 +84,33 @@ def test_steps_of_two_processes_take_turns_agree_and_are_said_as_measured(capfd)
   assert ours < plain < said.index("losses, plain: ") < said.index("step: ours / plain ")
 
 
-def test_eight_bits_move_the_first_losses_little(pieces, steps):
-  found = losses(steps, "ours", "fp8")
-  assert found["ours"] != found["fp8"]
-  np.testing.assert_allclose(found["fp8"], found["ours"], rtol=pieces.FP8)
+def test_eight_bits_move_the_first_losses_little(pieces, steps, ours):
+  found = losses(steps, "fp8")
+  assert found != ours
+  np.testing.assert_allclose(found, ours, rtol=pieces.FP8)
 
 
-def losses(steps, *sides, **fields):
-  """Losses of the first steps by side, in this process; weights are wide, so that masks matter."""
-  found = {}
-  for side in sides:
-    given = steps.Fields(config(**fields).to_dict() | dict(side=side, begun=0))
-    params = steps._params(given)
-    for block in params["periods"].values():
-      for weight in block.keys() - {"norm_D"}:
-        block[weight] = block[weight] * 20
-    found[side] = steps._train(given, params, 2)["losses"]
-  return found
-
-
-def test_the_steps_in_pytorch_are_ours(steps, monkeypatch):
+@pytest.mark.parametrize("side", ["tuned", "transformers"])
+def test_the_steps_in_pytorch_are_ours(steps, ours, monkeypatch, side):
   torch = pytest.importorskip("torch")
   monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-  found = losses(steps, "ours", "tuned", "transformers",
-                 model=TINY["model"] | dict(window=8, logit_scale=0.7))
-  for side in ("tuned", "transformers"):
-    np.testing.assert_allclose(found[side], found["ours"], rtol=2e-5)
+  np.testing.assert_allclose(losses(steps, side), ours, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def ours(steps):
+  return losses(steps, "ours")
+
+
+def losses(steps, side):
+  """Losses of a side's first steps, in this process; wide weights and three windows a row."""
+  model = TINY["model"] | dict(window=8, logit_scale=0.7)
+  given = steps.Fields(config(model=model).to_dict() | dict(side=side, begun=0))
+  params = steps._params(given)
+  for block in params["periods"].values():
+    for weight in block.keys() - {"norm_D"}:
+      block[weight] = block[weight] * 20
+  return steps._train(given, params, 2)["losses"]
 
 
 @pytest.mark.parametrize("fields, said", [
