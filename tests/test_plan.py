@@ -75,6 +75,12 @@ def test_a_slice_too_small_for_the_state_is_answered_with_a_larger_one():
   assert ranked[0][1].size > 4 and "--config.topology=v5e:" in plan.words(full(), ranked[0][2])
 
 
+def test_a_mesh_that_does_not_cover_a_slice_gives_way_to_one_that_does():
+  assert plan._covering(full(), chips.parse("v5e:2x4")) == {"mesh.fsdp": 8}
+  assert plan._covering(full(), chips.parse("v5e:4x8")) == {}
+  assert plan._covering(full(**{"mesh.tensor": 3}), chips.parse("v5e:2x4")) == {}
+
+
 def test_what_a_program_asked_for_is_read_from_the_refusal_of_xla():
   error = RuntimeError("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Used 18.50G of 15.75G hbm. Exceeded")
   assert plan._asked(error) == 18.5 * plan.GIB

@@ -52,17 +52,20 @@ def main(config, workdir=None):
   _prepare()
   print(", ".join(f"{name} {importlib.metadata.version(name)}"
                   for name in ("jax", "jaxlib", "libtpu", "flax")))
-  answers = []
+  answers, fitting = [], 0
   for target in targets:
-    print(f"{target.name}: compiling for {target.size} chips", flush=True)
-    answers.append((config, answer(config, target)))
+    planned = _covering(config, target)
+    print(f"{target.name}: compiling for {target.size} chips {words(config, planned)}", flush=True)
+    planned = _changed(config, planned)
+    answers.append((planned, answer(planned, target)))
     print("\n".join(report(*answers[-1])), flush=True)
+    fitting += answers[-1][1].fits
     if not answers[-1][1].fits:
       answers += _first_that_fits(config, target)
   if len(targets) > 1:
     print("\n".join(side_by_side(answers)), flush=True)
   print("\n".join(epochs(config)), flush=True)
-  return run.EXIT["done" if any(one.fits for _, one in answers[:len(targets)]) else "refused"]
+  return run.EXIT["done" if fitting else "refused"]
 
 
 def _prepare():
@@ -277,18 +280,15 @@ def changes(config, target):
     for remat, accumulate in itertools.product(
         ("minimal", "qkv", "attn", "full"), _divisors(config.data.batch)
     ):
-      fsdp = math.gcd(slice.size, 16) if config.mesh.tensor * config.mesh.context == 1 else config.mesh.fsdp
-      fields_ = dict(remat=remat, accumulate=accumulate, topology=slice.name)
-      if config.mesh.fsdp > 0 and slice.size % config.mesh.fsdp:
-        fields_["mesh.fsdp"] = fsdp
-      changed = _changed(config, fields_)
+      values = dict(remat=remat, accumulate=accumulate, topology=slice.name, **_covering(config, slice))
+      changed = _changed(config, values)
       sizes = _sizes(changed, slice.size)
       if sizes is None or changed.data.batch // accumulate % (sizes["data"] * sizes["fsdp"]):
         continue
       bytes = sum(estimate(changed, sizes).values())
       if bytes < 0.97 * slice.chip.hbm_gib * GIB:
         cost = flops.recomputed(config.model, config.data.T, remat), accumulate
-        options.append((cost, bytes, slice, fields_))
+        options.append((cost, bytes, slice, values))
     if options:
       found.append(min(options, key=lambda option: option[0])[1:])
   return found[:4]
@@ -299,6 +299,14 @@ def _from(target):
   kind = target.name.partition(":")[0]
   shapes = [chips.parse(f"{kind}:{shape}") for shape in chips.SHAPES[target.chip.axes]]
   return [target, *(shape for shape in shapes if shape.size > target.size)]
+
+
+def _covering(config, target):
+  """{"mesh.fsdp": chips} if the mesh as it is does not cover the slice and another fsdp does."""
+  size = math.gcd(target.size, 16)
+  if _sizes(config, target.size) or not _sizes(_changed(config, {"mesh.fsdp": size}), target.size):
+    return {}
+  return {"mesh.fsdp": size}
 
 
 def _divisors(number):
