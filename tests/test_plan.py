@@ -84,6 +84,9 @@ def test_a_mesh_that_does_not_cover_a_slice_gives_way_to_one_that_does():
 def test_what_a_program_asked_for_is_read_from_the_refusal_of_xla():
   error = RuntimeError("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Used 18.50G of 15.75G hbm. Exceeded")
   assert plan._asked(error) == 18.5 * plan.GIB
+  error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+                       "temporaries (128.5G) exceeds available HBM (15.75G).")
+  assert plan._asked(error) == 128.5 * plan.GIB
   with pytest.raises(RuntimeError, match="another"):
     plan._asked(RuntimeError("another"))
 

@@ -135,10 +135,12 @@ def devices(target):
 
 def _asked(error):
   """Bytes a chip that a program asked for which does not fit; any other error goes on."""
-  found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+  size = r"([\d.]+)([KMGT])"  # two ways to say it; the second leaves out the state
+  found = re.search(rf"Used {size} of [\d.]+[KMGT] hbm|temporaries \({size}\) exceeds", str(error))
   if "RESOURCE_EXHAUSTED" not in str(error) or not found:
     raise error
-  return float(found.group(1)) * 1024 ** (1 + "KMGT".index(found.group(2)))
+  number, unit = [group for group in found.groups() if group]
+  return float(number) * 1024 ** (1 + "KMGT".index(unit))
 
 
 def _bandwidth(target, mesh):
