@@ -163,8 +163,8 @@ def report(config, one):
       f"{T} a chip at a time, {config.accumulate} times a step; remat {config.remat}, attention "
       f"{config.attention}; compiled in {one.seconds:.0f} s"
   )
-  yield (f"  memory      peak {one.peak / GIB:.2f} of {limit / GIB:.2f} GiB a chip, "
-         f"{1 - one.peak / limit:.0%} free: "
+  room = f"{1 - one.peak / limit:.0%} free" if one.fits else f"{(one.peak - limit) / GIB:.2f} too much"
+  yield (f"  memory      peak {one.peak / GIB:.2f} of {limit / GIB:.2f} GiB a chip, {room}: "
          + ", ".join(f"{name} {bytes / GIB:.2f}" for name, bytes in one.parts.items()))
   if not one.fits:
     return
