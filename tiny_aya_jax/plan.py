@@ -171,8 +171,8 @@ def report(config, one):
   yield f"  program     {one.kernels}; told {', '.join(_options(one)) or 'nothing'}"
   exact, again = flops.per_token(cfg, T)["total"], flops.recomputed(cfg, T, config.remat)
   yield f"  operations  {exact / 1e9:.2f} GFLOP a token, and {again / 1e9:.2f} more done twice"
-  wire, ideal = hlo.wire(one.found), 6 * flops.parameters(cfg)
-  yield (f"  wire        {wire / GIB:.2f} GiB a chip and step, {wire / ideal:.2f} of 6 N bytes; "
+  wire, ideal = hlo.wire(one.found), 6 * flops.parameters(cfg) * config.accumulate
+  yield (f"  wire        {wire / GIB:.2f} GiB a chip and step, {wire / ideal:.2f} of 6 N bytes each time; "
          f"{hlo.asynchronous_share(one.found):.0%} asynchronous")
   best, worst, planned = (speed(config, one, how) for how in ("hidden", "exposed", "planned"))
   yield (f"  speed       at most {best:,.0f} tokens/s (MFU {_mfu(config, one, best):.0%}), "
