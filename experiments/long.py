@@ -8,8 +8,8 @@
 What changes is T, and that four chips share the queries of a row (`mesh.context`): a chip holds 8,192
 tokens, as before, and gathers the keys of the row. The positions stay as they are: a sliding layer
 never sees further than its window of 4,096, so no rotary angle is new, and full layers have none. The
-report stops at 8,192; a 32K base model was released later without its recipe. Expected of tiny (rows of
-1,024, --config.T=1024): the loss goes on from the cooldown's, without a jump.
+report stops at 8,192; a 32K base model was released later without its recipe. Expected: not trained yet;
+compiled ahead of time as the last line above says (LOG.md). tiny wires it through, on rows of 1,024.
 """
 
 import pretrain
