@@ -6,10 +6,11 @@ backward pass only scales them: three matmuls, no recompute (performance.md 2.4)
 
 On a mesh the vocabulary of the head is split over (tensor, fsdp), though the table's rows are split
 over tensor only and its columns over fsdp: one exchange gives each device whole rows, a chunk's
-hidden states are gathered (while the chunk before computes), each device makes its own columns of the
-logits for the tokens of all, and the sums that are their gradients go round a ring while the matmuls
-of the next are made. Neither the table nor its gradient ever exists whole: at full size on 16 devices that is 3 GiB
-a device less, and half the bytes (0.5 GiB of hidden states a sequence each way, for 2 of table).
+hidden states are gathered while the chunk before computes, each device makes its own columns of the
+logits for the tokens of all, and the sums that are their gradients go round a ring while the next
+part is multiplied. Neither the table nor its gradient ever exists whole: at full size on 16 devices
+that is 3 GiB a device less, and half the bytes (0.5 GiB of hidden states a sequence each way, for 2
+of table).
 """
 
 import functools

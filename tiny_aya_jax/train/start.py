@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tiny_aya_jax import axes, run
+from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
 from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import begin as begins, checkpoint, optimizer, saved, step
