@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif("BUDGETS" not in os.environ, reason="long: BUDGE
 # peak: MaxText's, or the chip's memory where there is no such row.
 @pytest.mark.parametrize("topology, rows, remat, peak", [
     ("v5e:4x4", 1, "full", 7.39), ("v5e:4x4", 2, "full", 15.75), ("v5e:4x4", 1, "attn", 9.36),
-    ("v5p:2x2x4", 4, "minimal", 80.82), ("v6e:4x4", 2, "attn", 31.24), 
+    ("v5p:2x2x4", 4, "minimal", 80.82), ("v6e:4x4", 2, "attn", 31.24),
     pytest.param("v6e:16x16", 2, "attn", 31.24, marks=pytest.mark.xfail(
         strict=True, reason="48% asynchronous: gradients summed over data are scattered synchronously")),
     ("v6e:4x4", 1, "full", 7.16), ("v6e:4x4", 1, "minimal", 23.10), ("v6e:4x4", 2, "full", 10.63),

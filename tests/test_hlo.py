@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tiny_aya_jax import hlo
+from tiny_aya_jax import hlo, plan
 
 L, M, D, F, ROWS = 2, 3, 32, 48, 4
 WEIGHT = D * F * 4  # bytes of one gathered matrix, fp32
@@ -364,10 +364,7 @@ def test_a_tpu_program_gathers_its_layers_once_a_pass():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed")
   environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-  environment.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_LOG_DIR="disabled", TPU_WORKER_HOSTNAMES="localhost",
-  )  # fmt: skip
+  environment.update(plan.COMPILE_ONLY)
   done = subprocess.run(
     [sys.executable, "-c", TPU], env=environment, capture_output=True, text=True, timeout=300,
     cwd=pathlib.Path(__file__).parents[1],

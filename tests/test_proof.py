@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from conftest import backends, packed
 from test_hlo import module
-from tiny_aya_jax import axes, run
+from tiny_aya_jax import axes, plan, run
 from tiny_aya_jax.model import attention, attention_splash, fp8
 from tiny_aya_jax.train import proof, step
 
@@ -188,10 +188,7 @@ def test_two_tpu_slices_hold_splash_and_give_the_state_back_as_they_took_it():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed")
   environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-  environment.update(
-      JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-      TPU_LOG_DIR="disabled", TPU_WORKER_HOSTNAMES="localhost",
-  )
+  environment.update(plan.COMPILE_ONLY)
   done = subprocess.run([sys.executable, "-c", TPU], env=environment, capture_output=True, text=True,
                         timeout=300, cwd=ROOT)
   assert done.returncode == 0, done.stderr[-2000:]
