@@ -26,8 +26,8 @@ def compiled(backend, matmul="dtype"):
   segment_BT, position_BT = packed(((7, 9), (16,)), T)
 
   def value(x_BTD, w_DD):
-    x_BTD = (fp8.dot if matmul == "fp8" else jnp.matmul)(x_BTD, w_DD)
-    x_BTNH = x_BTD.reshape(B, T, N, H)
+    flat = (fp8.dot if matmul == "fp8" else jnp.matmul)(x_BTD.reshape(-1, N * H), w_DD)
+    x_BTNH = flat.reshape(B, T, N, H)
     return attention.attention(
         x_BTNH, x_BTNH[:, :, :K], x_BTNH[:, :, K:], segment_BT=segment_BT, position_BT=position_BT,
         window=5, backend=backend,

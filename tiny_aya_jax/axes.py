@@ -96,21 +96,26 @@ def letters_of(path):
 
 def shard(x, letters):
   """Pins an activation's layout over the current mesh; a no-op outside a mesh."""
+  return _constrain(x, *(ACTIVATION.get(letter) for letter in letters))
+
+
+def _constrain(x, *axes):
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(
-      x, PartitionSpec(*(ACTIVATION.get(letter) for letter in letters))
-  )
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(weight, letters, dtype):
-  """A parameter in dtype, whole over fsdp; its gradient goes back to its shards.
+  """A parameter in dtype, whole over fsdp: [copies, ..], one copy for each part of COPIES.
 
   Cast first, so that half the bytes travel. Left to itself the partitioner moves the shards of a
-  weight one by one through the matmul, and adds its gradients up on every device.
+  weight one by one through the matmul. Backward, each copy's gradient goes to its shards round a
+  ring of fsdp, while the matmul that makes it runs; then the shards of all copies are summed. From
+  one weight for all, the partitioner makes one sum over everyone, and nothing runs meanwhile.
   """
-  return shard(weight.astype(dtype), letters)
+  weight = jnp.broadcast_to(weight.astype(dtype), (copies(), *weight.shape))
+  return _constrain(weight, COPIES, *(ACTIVATION.get(letter) for letter in letters))
 
 
 def _gather_forward(weight, letters, dtype):
@@ -118,13 +123,31 @@ def _gather_forward(weight, letters, dtype):
 
 
 def _gather_backward(letters, dtype, _, gradient):
-  if not jax.sharding.get_abstract_mesh().empty:
-    axes = PartitionSpec(*(PARAMETER.get(letter) for letter in letters))
-    gradient = jax.lax.with_sharding_constraint(gradient, axes)
-  return (gradient.astype(jnp.float32),)  # parameters are
+  shards = [PARAMETER.get(letter) for letter in letters]
+  gradient = _constrain(gradient, COPIES, *shards)
+  return (_constrain(gradient.astype(jnp.float32).sum(0), *shards),)  # parameters are fp32
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+COPIES = ("data", "context")  # axes that split activations and no parameter
+
+
+def copies():
+  """How many groups of devices with whole parameters, fsdp x tensor, the current mesh has."""
+  return axis_size("data") * axis_size("context")
+
+
+def to_copies(x):
+  """[B, T, W] -> [copies, tokens, W]: the tokens beside the copy of the parameters they meet."""
+  (B, T, W), data, context = x.shape, axis_size("data"), axis_size("context")
+  return x.reshape(data, B // data, context, T // context, W).swapaxes(1, 2).reshape(copies(), -1, W)
+
+
+def from_copies(x, B, T):
+  """The way back of `to_copies`."""
+  data, context = axis_size("data"), axis_size("context")
+  return x.reshape(data, context, B // data, T // context, -1).swapaxes(1, 2).reshape(B, T, -1)
 
 
 @jax.custom_vjp

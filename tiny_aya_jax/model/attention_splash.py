@@ -26,7 +26,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position
   the index in the row.
   """
   T, N, H = q_BTNH.shape[1:]
-  shards, heads = axis_size("context"), N // axis_size("tensor")
+  shards, own_heads = axis_size("context"), N // axis_size("tensor")
   tile = min(BLOCK, -(-T // (shards * LANES)) * LANES)
   q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)  # the kernel does not scale
   # Zeros up to whole tiles come last, so that no token before them sees them.
@@ -34,16 +34,20 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position
       jnp.pad(x, [(0, 0), (0, -T % (tile * shards))] + [(0, 0)] * (x.ndim - 2))
       for x in (q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS)
   ]
-  kernel = _kernel(rows[0].shape[1], heads, window, tile, shards)
+  kernel = _kernel(rows[0].shape[1], own_heads, window, tile, shards)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _attend(kernel, *rows)[:, :T]
-  batch = ("data", "fsdp")
-  query, key = PartitionSpec(batch, "context", "tensor"), PartitionSpec(batch, None, "tensor")
+  heads, tokens = (PartitionSpec(("data", "fsdp"), "context", *last) for last in (["tensor"], []))
   tiles = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "context")))
+
+  def part(kernel, q, k, v, segment_BT, segment_BS):
+    # Gathered here, so that each device gets its share of a sum back, and not the sum of all.
+    k, v, segment_BS = jax.lax.all_gather((k, v, segment_BS), "context", axis=1, tiled=True)
+    return _attend(kernel, q, k, v, segment_BT, segment_BS)
+
   return jax.shard_map(
-      _attend, in_specs=(tiles, query, key, key, PartitionSpec(batch, "context"), PartitionSpec(batch)),
-      out_specs=query, check_vma=False,
+      part, in_specs=(tiles, heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False
   )(kernel, *rows)[:, :T]
 
 

@@ -23,7 +23,7 @@ FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2  # largest: 448 and 57,34
 
 @jax.custom_vjp
 def dot(x, w):
-  """x [.., C] times w [C, R], both in one float dtype: [.., R] in that dtype, summed in fp32.
+  """x [.., T, C] times w [.., C, R], both in one float dtype: [.., T, R] in it, summed in fp32.
 
   The backward pass keeps the 8-bit x and w, one byte an element. Zeros give zeros; an infinity or
   NaN gives NaN everywhere, so that a loss that is not finite is seen.
@@ -33,15 +33,14 @@ def dot(x, w):
 
 def _forward(x, w):
   kept = quantised(x, FORWARD), quantised(w, FORWARD)
-  return _product(*kept, ([x.ndim - 1], [0]), x.dtype), kept
+  return _product(*kept, (-1, -2), x.dtype), kept
 
 
 def _backward(kept, g):
-  x, w = kept
-  g8, tokens = quantised(g, GRADIENT), list(range(g.ndim - 1))
+  (x, w), g8 = kept, quantised(g, GRADIENT)
   # HIGHEST: cublasLt then adds up in full fp32, as Flax and Transformer Engine do for gradients.
-  dx = _product(g8, w, ([g.ndim - 1], [1]), g.dtype, lax.Precision.HIGHEST)
-  dw = _product(x, g8, (tokens, tokens), g.dtype, lax.Precision.HIGHEST)
+  dx = _product(g8, w, (-1, -1), g.dtype, lax.Precision.HIGHEST)
+  dw = _product(x, g8, (-2, -2), g.dtype, lax.Precision.HIGHEST)
   return dx, dw
 
 
@@ -64,7 +63,8 @@ def quantised(x, dtype):
 
 def _product(a, b, contracted, dtype, precision=lax.Precision.DEFAULT):
   (a8, a_scale), (b8, b_scale) = a, b
+  axes, both = [[axis % a8.ndim] for axis in contracted], list(range(a8.ndim - 2))
   out = lax.dot_general(
-      a8, b8, (contracted, ([], [])), precision=precision, preferred_element_type=dtype
+      a8, b8, (axes, (both, both)), precision=precision, preferred_element_type=dtype
   )
   return out * (a_scale * b_scale).astype(dtype)

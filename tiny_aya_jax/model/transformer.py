@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from tiny_aya_jax.axes import axis_size, gather, letters, settle, shard
+from tiny_aya_jax.axes import axis_size, from_copies, gather, letters, settle, shard, to_copies
 from tiny_aya_jax.model import fp8
 from tiny_aya_jax.model.attention import attention, ring_write
 
@@ -240,21 +240,17 @@ def layer_norm(x_BTD, norm_D, cfg):
 
 
 def project(x, weight, letters, matmul):
-  """einsum(letters, x, weight) for x = B T c.. and weight = c.. r..: a matmul over the width.
+  """einsum(letters, x, weight[0]) for x = B T c.. and weight [copies, c.., r..] of axes.gather.
 
-  matmul: 'dtype', in x's own, or 'fp8'. Tokens are flattened to one axis when T is not sharded: a
-  contraction over two axes (every weight gradient of a [B, T, D] einsum) runs at half speed on CPU
-  (performance.md 1.8).
+  matmul: 'dtype', in x's own, or 'fp8'. Tokens are flattened to one axis: a contraction over two
+  (every weight gradient of a [B, T, D] einsum) runs at half speed on CPU (performance.md 1.8).
   """
   inputs, result = letters.split("->")
-  contracted = len(inputs.split(",")[0]) - 2
-  context, width = axis_size("context") > 1, math.prod(weight.shape[:contracted])
-  if context and matmul == "dtype":
-    return shard(jnp.einsum(letters, x, weight), result)
-  tokens = x.shape[:2] if context else (-1,)
+  contracted, (B, T) = len(inputs.split(",")[0]) - 2, x.shape[:2]
+  width, rest = math.prod(x.shape[2:]), weight.shape[1 + contracted:]
   product = fp8.dot if matmul == "fp8" else jnp.matmul
-  flat = product(x.reshape(*tokens, width), weight.reshape(width, -1))
-  return shard(flat.reshape(*x.shape[:2], *weight.shape[contracted:]), result)
+  flat = product(to_copies(x.reshape(B, T, width)), weight.reshape(len(weight), width, -1))
+  return shard(from_copies(flat, B, T).reshape(B, T, *rest), result)
 
 
 def rotate(x_BTNH, position_BT, theta):
