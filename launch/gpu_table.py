@@ -132,7 +132,8 @@ def rows(fields, deadline, asked):
     if asked.learn:
       learnt = [call(side=side, batches=batches("ours")[-1:], learn=asked.learn, steps=1)["learnt"]
                 for side in ("fp8", "ours")]
-      words += f"; loss after {asked.learn} steps {learnt[0]:.4f} and {learnt[1]:.4f}"
+      words += (f"; loss after {asked.learn} steps {learnt[0]:.4f} and {learnt[1]:.4f}, "
+                f"{abs(learnt[0] / learnt[1] - 1):.2%} apart, wanted at most 0.5%")
     return figure, words
 
   def g9():
@@ -154,7 +155,7 @@ def rows(fields, deadline, asked):
     found = call(piece="loss", lengths=(T,), batch=4, losses=against, turns=5, tolerance=3e-2)
     (ours, peak), (theirs, _) = (found[f"T {T}"][side] for side in against)
     peak /= steps.GIB
-    return theirs / ours, f"4 x {T}; ours {1000 * ours:.4g} ms, peak {peak:.2f} GiB, must 6"
+    return theirs / ours, f"4 x {T}; ours {1000 * ours:.4g} ms, peak {peak:.2f} GiB, wanted at most 6"
 
   def g10():
     found = pieces.start(steps.Fields(fields | dict(batches=batches("ours")[-1:])), deadline)

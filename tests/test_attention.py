@@ -102,6 +102,31 @@ def test_chunked_equals_reference_forward_and_gradient(window, length):
     assert relative(ours, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("length", [256, 200], ids=["two tiles", "a tile and a part"])
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("documents", ["one document", "packed"])
+@pytest.mark.parametrize("shared", [1, 2, 4], ids="{} queries a key".format)
+def test_splash_in_tiles_of_128_equals_reference_forward_and_gradient(
+    monkeypatch, shared, documents, window, length):
+  monkeypatch.setattr(attention_splash, "BLOCK", 128)
+  random = np.random.default_rng(0)
+  q, k, v, direction = (
+    jnp.asarray(random.normal(size=(B, length, heads, 32)), jnp.float32)
+    for heads in (4, 4 // shared, 4 // shared, 4))
+  # Packed: a document across the edge of the tiles, one of one token, padding at the end.
+  documents = dict(
+    [("one document", ((length,), (length,))), ("packed", ((70, 1, 90), (length - 9,)))])[documents]
+
+  def value(inputs, backend):
+    out = attend(*inputs, documents, window, backend)
+    return jnp.sum(out * direction), out
+
+  graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
+  reference, splash = (graded((q, k, v), backend) for backend in ("reference", "splash"))
+  for ours, theirs in zip(jax.tree.leaves(splash), jax.tree.leaves(reference), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
 def relative(x, y):
   return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
 

@@ -49,8 +49,9 @@ def attention(config):
 
   Windowed only where the row is longer. With 'cudnn' also the public kernel that has no documents.
   """
-  cfg, ours, cases = config.model, config.attention, {}
+  cfg, ours, found = config.model, config.attention, {}
   for T in config.lengths:
+    cases = {}
     d, *inputs = (
         jax.random.normal(
             jax.random.key(seed), (config.batch, T, heads, cfg.H), jnp.dtype(config.dtype))
@@ -63,8 +64,7 @@ def attention(config):
           sides["jax.nn cudnn"] = _without_documents(window)
         case = f"T {T}, {'window' if window else 'full'}{', packed' * packed}"
         cases[case] = (d, _rows(config.batch, T, packed), *inputs), sides
-  found = _race("attention", cases, config)
-  for T in config.lengths:
+    found |= _race("attention", cases, config)
     if cfg.window < T:
       pairs = flops.pairs(T, cfg.window) / flops.pairs(T)
       run.say(f"attention T {T}: windowed over full {windowed(found, T, ours):.2f}, with "
@@ -94,7 +94,7 @@ def packing(found, T, backend):
 
 def loss(config):
   """The loss with its gradients; -> {"T 8192": {side: (seconds, bytes)}}."""
-  cfg, cases = config.model, {}
+  cfg, found = config.model, {}
   for T in config.lengths:
     shape = config.batch, T
     hidden_BTD = jax.random.normal(jax.random.key(0), (*shape, cfg.D), jnp.dtype(config.dtype))
@@ -105,8 +105,8 @@ def loss(config):
         side: jax.value_and_grad(functools.partial(LOSSES[side], **settings), (0, 1))
         for side in config.losses
     }
-    cases[f"T {T}"] = (hidden_BTD, table_VD, target_BT), sides
-  return _race("loss", cases, config)
+    found |= _race("loss", {f"T {T}": ((hidden_BTD, table_VD, target_BT), sides)}, config)
+  return found
 
 
 def block(config):
@@ -219,7 +219,7 @@ LOSSES = {
 def _race(what, cases, config):
   """{case: (arguments, {side: function})} -> {case: {side: (median seconds, peak bytes)}}.
 
-  The first side of a case is ours. All cases take turns, so their ratios are of one run too.
+  The first side of a case is ours. The cases take turns too, so that ratios of one to another hold.
   """
   calls, peaks = {}, {}
   for case, (arguments, sides) in cases.items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tiny_aya_jax.axes import axis_size
+from tiny_aya_jax.axes import axis_size, ring_sum
 
 BLOCK = 1024  # queries and keys of a tile, forward and backward; a shorter row has one tile
 LANES = 128  # a tile's keys are a multiple of this
@@ -42,13 +42,30 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position
   tiles = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "context")))
 
   def part(kernel, q, k, v, segment_BT, segment_BS):
-    # Gathered here, so that each device gets its share of a sum back, and not the sum of all.
-    k, v, segment_BS = jax.lax.all_gather((k, v, segment_BS), "context", axis=1, tiled=True)
-    return _attend(kernel, q, k, v, segment_BT, segment_BS)
+    segment_BS = jax.lax.all_gather(segment_BS, "context", axis=1, tiled=True)
+    return _attend(kernel, q, _whole_rows(k), _whole_rows(v), segment_BT, segment_BS)
 
   return jax.shard_map(
       part, in_specs=(tiles, heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False
   )(kernel, *rows)[:, :T]
+
+
+@jax.custom_vjp
+def _whole_rows(x_BSKH):
+  """Keys or values of a row from all of context; their gradients go back round a ring."""
+  return jax.lax.all_gather(x_BSKH, "context", axis=1, tiled=True)
+
+
+def _whole_rows_backward(_, d_BSKH):
+  S = d_BSKH.shape[1] // axis_size("context")
+
+  def part(place):
+    return jax.lax.dynamic_slice_in_dim(d_BSKH, place * S, S, axis=1).astype(jnp.float32)
+
+  return (ring_sum(part, "context", d_BSKH.dtype),)
+
+
+_whole_rows.defvjp(lambda x_BSKH: (_whole_rows(x_BSKH), None), _whole_rows_backward)
 
 
 def _kernel(T, N, window, tile, shards):

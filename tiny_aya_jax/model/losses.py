@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tiny_aya_jax.axes import ring_sum
+
 HEAD = ("tensor", "fsdp")  # the axes that share the vocabulary, outermost first
 _TOKENS = PartitionSpec(("data", "fsdp"), "context")
 _TABLE = PartitionSpec("tensor", "fsdp")
@@ -137,27 +139,17 @@ def _everyone(axes, arrays):
 
 
 def _d_own(axes, d_logits_BTV, head_VD):
-  """Gradient of own hidden states, of all columns: a sum that goes round the ring of fsdp.
+  """Gradient of own hidden states, of all columns: a sum that goes round the ring of fsdp."""
+  B = d_logits_BTV.shape[0] // axes.get("fsdp", 1)
 
-  Each device adds its columns for the rows of one device while the sum for another's is on the
-  way. Over a whole slice psum_scatter is compiled to an all-reduce: twice the bytes, and nothing
-  runs meanwhile.
-  """
-  n = axes.get("fsdp", 1)
-  B = d_logits_BTV.shape[0] // n
-
-  def add(place):
-    rows_BTV = jax.lax.dynamic_slice_in_dim(d_logits_BTV, place * B, B) if n > 1 else d_logits_BTV
+  def part(place):
+    rows_BTV = d_logits_BTV
+    if "fsdp" in axes:
+      rows_BTV = jax.lax.dynamic_slice_in_dim(d_logits_BTV, place * B, B)
     flat = rows_BTV.reshape(-1, head_VD.shape[0])
     return jnp.matmul(flat, head_VD, preferred_element_type=jnp.float32)
 
-  def hop(sum, step):
-    came = jax.lax.ppermute(sum, "fsdp", [(one, (one + 1) % n) for one in range(n)])
-    return (came + add((place - 2 - step) % n)).astype(head_VD.dtype), None
-
-  place = jax.lax.axis_index("fsdp") if n > 1 else 0
-  sum = add((place - 1) % n).astype(head_VD.dtype)
-  sum, _ = jax.lax.scan(hop, sum, jnp.arange(n - 1)) if n > 1 else (sum, None)
+  sum = ring_sum(part, "fsdp", head_VD.dtype)
   return _over(axes, jax.lax.psum, sum, ("tensor",)).reshape(B, d_logits_BTV.shape[1], -1)
 
 
