@@ -152,6 +152,32 @@ def test_slices_that_data_does_not_divide_over_are_refused_with_the_numbers(size
     axes.mesh(**sizes, devices=[Chip(at // 8) for at in range(16)])
 
 
+class Placed:
+  def __init__(self, *coords):
+    self.coords = coords
+
+
+def rectangle(width, height, step=1):
+  return [Placed(step * x, y, 0) for x in range(width) for y in range(height)]
+
+
+@pytest.mark.parametrize("width, height", [(8, 2), (2, 8), (4, 4), (3, 2), (2, 3), (16, 16), (2, 2)])
+def test_neighbours_follow_each_other_round_a_rectangle(width, height):
+  group = rectangle(width, height)
+  order = axes._ring(group)
+  assert sorted(order) == list(range(len(group)))
+  for one, other in zip(order, order[1:] + order[:1]):
+    assert sum(abs(a - b) for a, b in zip(group[one].coords, group[other].coords)) == 1
+
+
+@pytest.mark.parametrize("group", [
+  rectangle(3, 3), rectangle(16, 1), rectangle(4, 2, step=2), rectangle(4, 2)[:-1], jax.devices(),
+  [Placed(x, y, z) for x in range(2) for y in range(2) for z in range(2)]],
+  ids=["odd", "a line", "gaps", "a hole", "no chips", "a cube"])
+def test_groups_without_such_a_round_trip_stay_as_they_are(group):
+  assert axes._ring(group) == slice(None)
+
+
 @pytest.mark.parametrize(
   "name, shape",
   [

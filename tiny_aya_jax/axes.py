@@ -42,22 +42,46 @@ def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
     raise run.Refused(f"mesh {sizes} does not cover {len(devices)} devices: the sizes multiply to {fixed}")
   if free:
     sizes[free[0]] = len(devices) // fixed
-  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
   # What TPUs call a slice; JAX makes one of each host of GPUs.
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices == 1:
-    return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=devices)
   if sizes["data"] % slices:
     raise run.Refused(
         f"mesh {sizes} on {slices} slices of {len(devices) // slices} devices: 'data' goes over the "
         f"slices, so config.mesh.data is a multiple of {slices}, and the other axes fit into one"
     )
-  inside = (sizes["data"] // slices, *list(sizes.values())[1:])
-  return Mesh(
-      mesh_utils.create_hybrid_device_mesh(
-          inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-      ), AXES, axis_types=auto,
-  )
+  nearest_last = ("data", "context", "fsdp", "tensor")
+  inside = [sizes["data"] // slices, *(sizes[axis] for axis in nearest_last[1:])]
+  if slices == 1:
+    placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+  else:
+    placed = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+  placed = placed.transpose([nearest_last.index(axis) for axis in AXES])
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return Mesh(placed[:, _ring(placed[0, :, 0, 0])], AXES, axis_types=auto)
+
+
+def _ring(group):
+  """Indexes of a group's devices such that each is a neighbour of the next, and the last of the first.
+
+  Of TPUs that fill a rectangle with an even side; others stay as they are. On v5e XLA makes steps of
+  a ring synchronous that do not go to a neighbour (jaxlib 0.10.2; 8x8: 56% of the wire hidden instead
+  of 88%), and of such orders JAX knows only that of a whole slice of 4x4.
+  """
+  places = [getattr(device, "coords", ()) for device in group]
+  axes = [sorted(set(axis)) for axis in zip(*places)]
+  wide = [axis for axis, seen in enumerate(axes) if len(seen) > 1]
+  if len(wide) != 2 or any(seen[-1] - seen[0] >= len(seen) for seen in axes):
+    return slice(None)
+  x, y = wide if len(axes[wide[0]]) % 2 == 0 else reversed(wide)
+  if len(axes[x]) % 2 or len(axes[x]) * len(axes[y]) != len(group):
+    return slice(None)
+  first, *rest = axes[y]
+  trip = [(column, first) for column in axes[x]]
+  for turn, column in enumerate(reversed(axes[x])):
+    trip += [(column, row) for row in (rest[::-1] if turn % 2 else rest)]
+  at = {(place[x], place[y]): index for index, place in enumerate(places)}
+  return [at[place] for place in trip]
 
 
 def shardings(mesh, tree):
