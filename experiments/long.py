@@ -8,8 +8,9 @@
 What changes is T, and that four chips share the queries of a row (`mesh.context`): a chip holds 8,192
 tokens, as before, and gathers the keys of the row. The positions stay as they are: a sliding layer
 never sees further than its window of 4,096, so no rotary angle is new, and full layers have none. The
-report stops at 8,192; a 32K base model was released later without its recipe. Expected: not trained yet;
-compiled ahead of time as the last line above says (LOG.md). tiny wires it through, on rows of 1,024.
+report stops at 8,192; a 32K base model was released later without its recipe. Expected: full is compiled
+ahead of time as the last line above says, not trained (LOG.md); tiny, on rows of 1,024 of the embedded corpus,
+wires it through: 2.747 to 2.744 bits per byte.
 """
 
 import pretrain

@@ -47,7 +47,8 @@ def chunked(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, positio
   """`reference` over blocks of queries, each against only the keys its window can reach.
 
   Rows attend to themselves (T == S) and positions rise by one along a segment, so reach follows
-  from the index in the row. Memory is one block of scores; the backward pass recomputes it.
+  from the index in the row. The backward pass computes scores again; XLA for CPU runs blocks side by
+  side, so that a row of 8,192 still holds half of what `reference` does (LOG.md 2026-11-25).
   """
   T = q_BTNH.shape[1]
   q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
