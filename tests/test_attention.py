@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import backends, packed
+from tiny_aya_jax import axes
 from tiny_aya_jax.model import attention, attention_splash
 
 B, T, N, K, H = 2, 23, 6, 2, 16
@@ -123,6 +124,26 @@ def test_splash_in_tiles_of_128_equals_reference_forward_and_gradient(
 
   graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
   reference, splash = (graded((q, k, v), backend) for backend in ("reference", "splash"))
+  for ours, theirs in zip(jax.tree.leaves(splash), jax.tree.leaves(reference), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_splash_over_context_sees_and_moves_the_keys_of_every_part(monkeypatch, window):
+  monkeypatch.setattr(attention_splash, "BLOCK", 128)
+  random = np.random.default_rng(0)
+  q, k, v, direction = (
+    jnp.asarray(random.normal(size=(B, 512, heads, 32)), jnp.float32) for heads in (4, 2, 2, 4))
+  documents = ((250, 1, 240), (100, 400))  # over the edges of the four parts
+
+  def value(inputs, backend):
+    out = attend(*inputs, documents, window, backend)
+    return jnp.sum(out * direction), out
+
+  graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
+  reference = graded((q, k, v), "reference")
+  with jax.set_mesh(axes.mesh(fsdp=2, context=4)):
+    splash = graded((q, k, v), "splash")
   for ours, theirs in zip(jax.tree.leaves(splash), jax.tree.leaves(reference), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 

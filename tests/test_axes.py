@@ -1,6 +1,7 @@
 """axes: meshes, and shardings read off names, at full size on eight simulated devices."""
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -152,13 +153,25 @@ def test_slices_that_data_does_not_divide_over_are_refused_with_the_numbers(size
     axes.mesh(**sizes, devices=[Chip(at // 8) for at in range(16)])
 
 
-class Placed:
-  def __init__(self, *coords):
-    self.coords = coords
+class Tpu:
+  """A TPU v5e that is not there; hosts have 2x2."""
+
+  platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
+
+  def __init__(self, x, y, z=0, slice_index=0, width=8):
+    self.coords, self.slice_index = (x, y, z), slice_index
+    self.process_index = 1000 * slice_index + y // 2 * (width // 2) + x // 2
+    self.id = 10_000 * slice_index + y * width + x
 
 
-def rectangle(width, height, step=1):
-  return [Placed(step * x, y, 0) for x in range(width) for y in range(height)]
+def rectangle(width, height, step=1, slice_index=0):
+  return [Tpu(step * x, y, 0, slice_index, width) for y in range(height) for x in range(width)]
+
+
+def distances(group):
+  """Between each device of a list and the next, and the last and the first."""
+  return [sum(abs(a - b) for a, b in zip(one.coords, other.coords))
+          for one, other in zip(group, group[1:] + group[:1])]
 
 
 @pytest.mark.parametrize("width, height", [(8, 2), (2, 8), (4, 4), (3, 2), (2, 3), (16, 16), (2, 2)])
@@ -166,13 +179,39 @@ def test_neighbours_follow_each_other_round_a_rectangle(width, height):
   group = rectangle(width, height)
   order = axes._ring(group)
   assert sorted(order) == list(range(len(group)))
-  for one, other in zip(order, order[1:] + order[:1]):
-    assert sum(abs(a - b) for a, b in zip(group[one].coords, group[other].coords)) == 1
+  assert set(distances([group[index] for index in order])) == {1}
+
+
+@pytest.mark.parametrize("sizes, slices", [
+  (dict(data=-1, fsdp=16), 1), (dict(fsdp=16, context=4), 1), (dict(data=-1, fsdp=16), 2),
+  (dict(data=2, fsdp=16, context=4), 2)], ids=str)
+def test_every_group_of_fsdp_on_8x8_is_a_ring_of_neighbours(sizes, slices):
+  devices = [device for index in range(slices) for device in rectangle(8, 8, slice_index=index)]
+  placed = axes.mesh(**sizes, devices=devices).devices
+  groups = placed[:, :, 0].swapaxes(1, 2).reshape(-1, placed.shape[1])
+  for group in groups.tolist():
+    assert len({device.slice_index for device in group}) == 1
+    assert set(distances(group)) == {1}
+
+
+@pytest.mark.parametrize("sizes, parts", [
+  (dict(data=-1, fsdp=16), 16), (dict(fsdp=16, context=4), 4), (dict(fsdp=4, context=16), 2),
+  (dict(data=16, fsdp=4), 16), (dict(fsdp=1, context=64), 1)], ids=str)
+def test_hosts_share_out_the_rows_and_those_that_hold_parts_of_one_read_it_whole(
+    sizes, parts, monkeypatch):
+  mesh = axes.mesh(**sizes, devices=rectangle(8, 8))
+  found = []
+  for process in range(16):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    found.append(axes.process_part(mesh))
+  assert {count for _, count in found} == {parts}
+  indexes = [index for index, _ in found]
+  assert all(indexes.count(part) == 16 // parts for part in range(parts))
 
 
 @pytest.mark.parametrize("group", [
   rectangle(3, 3), rectangle(16, 1), rectangle(4, 2, step=2), rectangle(4, 2)[:-1], jax.devices(),
-  [Placed(x, y, z) for x in range(2) for y in range(2) for z in range(2)]],
+  [Tpu(x, y, z) for x in range(2) for y in range(2) for z in range(2)]],
   ids=["odd", "a line", "gaps", "a hole", "no chips", "a cube"])
 def test_groups_without_such_a_round_trip_stay_as_they_are(group):
   assert axes._ring(group) == slice(None)
@@ -210,3 +249,24 @@ def test_shard_does_nothing_outside_a_mesh_and_pins_the_layout_inside_one():
     assert axes.axis_size("context") == 2
   assert pinned.sharding.shard_shape(pinned.shape) == (1, 3, 8)
   assert axes.axis_size("context") == 1
+
+
+def test_the_gradients_of_copies_are_summed_in_fp32():
+  weight_DF = np.ones((8, 4), np.float32)
+  with jax.set_mesh(axes.mesh(data=8, fsdp=1)):
+    _, pull = jax.vjp(lambda weight: axes.gather(weight, "DF", jnp.bfloat16), weight_DF)
+    gradient = jnp.ones((8, 8, 4), jnp.bfloat16).at[0].set(256)  # in bfloat16, 256 + 1 is 256
+    np.testing.assert_array_equal(jax.jit(pull)(gradient)[0], 263)
+
+
+def test_what_goes_round_a_ring_travels_in_the_dtype_asked_for():
+  def own(x):
+    return axes.ring_sum(lambda place: x[0].astype(jnp.float32), "fsdp", jnp.bfloat16)[None]
+
+  mesh = axes.mesh(fsdp=8)
+  with jax.set_mesh(mesh):
+    summed = jax.jit(jax.shard_map(own, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp")))
+    x = np.arange(8, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(np.float32(summed(x)), 28)  # every place gets the sum
+    text = summed.lower(x).as_text()
+  assert "collective_permute" in text and "tensor<1xbf16>" in text

@@ -3,7 +3,9 @@
 import math
 import os
 import pathlib
+import types
 
+import numpy as np
 import pytest
 
 from tiny_aya_jax import chips, hlo, plan, run
@@ -52,6 +54,14 @@ def test_speed_is_bounded_by_matmuls_and_by_the_wire():
   slow = made(config, wire=((True, 1000.0),))
   tokens, seconds = 16 * 8192, 1000 * plan.GIB * 15 / 16 / 90e9
   assert math.isclose(plan.speed(config, slow, "hidden"), tokens / seconds, rel_tol=1e-6)
+
+
+def test_the_wire_of_a_mesh_is_of_the_torus_axes_that_share_the_state():
+  target = chips.parse("v6e:16x16")
+  places = np.array([types.SimpleNamespace(coords=(x, y, 0)) for y in range(16) for x in range(16)])
+  for context in (1, 4):  # fsdp lies along x, data and context along y
+    mesh = types.SimpleNamespace(devices=places.reshape(16 // context, context, 16, 1).transpose(0, 2, 3, 1))
+    assert plan._bandwidth(target, mesh) == 2 * target.chip.link
 
 
 def test_the_report_has_money_days_and_headroom():

@@ -14,6 +14,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,6 +25,7 @@ PARAMETER = dict(V="tensor", D="fsdp", F="tensor", N="tensor", K="tensor")
 ACTIVATION = dict(
     B=("data", "fsdp"), T="context", F="tensor", N="tensor", K="tensor", V="tensor"
 )
+REPLICAS = ("data", "context")  # axes that split activations and no parameter
 
 
 def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
@@ -49,6 +51,7 @@ def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
         f"mesh {sizes} on {slices} slices of {len(devices) // slices} devices: 'data' goes over the "
         f"slices, so config.mesh.data is a multiple of {slices}, and the other axes fit into one"
     )
+  # What travels most lies nearest: fsdp gathers every layer, context only keys.
   nearest_last = ("data", "context", "fsdp", "tensor")
   inside = [sizes["data"] // slices, *(sizes[axis] for axis in nearest_last[1:])]
   if slices == 1:
@@ -64,9 +67,10 @@ def mesh(data=1, fsdp=-1, tensor=1, context=1, devices=None):
 def _ring(group):
   """Indexes of a group's devices such that each is a neighbour of the next, and the last of the first.
 
-  Of TPUs that fill a rectangle with an even side; others stay as they are. On v5e XLA makes steps of
-  a ring synchronous that do not go to a neighbour (jaxlib 0.10.2; 8x8: 56% of the wire hidden instead
-  of 88%), and of such orders JAX knows only that of a whole slice of 4x4.
+  Of TPUs that fill a rectangle with an even side; others stay as they are, a context of 4 strided
+  over 8x8 among them. On v5e XLA makes steps of a ring synchronous that do not go to a neighbour
+  (jaxlib 0.10.2; 8x8: 56% of the wire hidden instead of 88%); JAX has such orders for a few whole
+  slices.
   """
   places = [getattr(device, "coords", ()) for device in group]
   axes = [sorted(set(axis)) for axis in zip(*places)]
@@ -131,15 +135,16 @@ def _constrain(x, *axes):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(weight, letters, dtype):
-  """A parameter in dtype, whole over fsdp: [copies, ..], one copy for each part of COPIES.
+  """A parameter in dtype, whole over fsdp: [copies, ..], one copy for each place along REPLICAS.
 
   Cast first, so that half the bytes travel. Left to itself the partitioner moves the shards of a
   weight one by one through the matmul. Backward, each copy's gradient goes to its shards round a
-  ring of fsdp, while the matmul that makes it runs; then the shards of all copies are summed. From
-  one weight for all, the partitioner makes one sum over everyone, and nothing runs meanwhile.
+  ring of fsdp in dtype, while the matmul that makes it runs; then the shards of all copies are
+  summed in fp32. From one weight for all, the partitioner makes one sum over everyone, and nothing
+  runs meanwhile.
   """
   weight = jnp.broadcast_to(weight.astype(dtype), (copies(), *weight.shape))
-  return _constrain(weight, COPIES, *(ACTIVATION.get(letter) for letter in letters))
+  return _constrain(weight, REPLICAS, *(ACTIVATION.get(letter) for letter in letters))
 
 
 def _gather_forward(weight, letters, dtype):
@@ -148,13 +153,11 @@ def _gather_forward(weight, letters, dtype):
 
 def _gather_backward(letters, dtype, _, gradient):
   shards = [PARAMETER.get(letter) for letter in letters]
-  gradient = _constrain(gradient, COPIES, *shards)
+  gradient = _constrain(gradient, REPLICAS, *shards)
   return (_constrain(gradient.astype(jnp.float32).sum(0), *shards),)  # parameters are fp32
 
 
 gather.defvjp(_gather_forward, _gather_backward)
-
-COPIES = ("data", "context")  # axes that split activations and no parameter
 
 
 def copies():
@@ -226,8 +229,42 @@ def letters(name):
 
 
 def place(mesh, batch):
-  """This process's rows {"token_BT": array, ...} -> global arrays laid out by their letters."""
-  return {
-      name: jax.make_array_from_process_local_data(activation(mesh, name), rows)
-      for name, rows in batch.items()
-  }
+  """This process's rows {"token_BT": array, ...} -> global arrays laid out by their letters.
+
+  Its rows are whole, part `process_part(mesh)` of the batch, also where others hold the rest of T.
+  """
+  _, count = process_part(mesh)
+  blocks = _blocks(mesh)[jax.process_index()]
+
+  def array(name, rows):
+    each = len(rows) // len(blocks)
+
+    def piece(index):
+      first = blocks.index((index[0].start or 0) // each) * each
+      return rows[(slice(first, first + each), *index[1:])]
+
+    shape = (len(rows) * count, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, activation(mesh, name), piece)
+
+  return {name: array(name, rows) for name, rows in batch.items()}
+
+
+def process_part(mesh):
+  """(index, count): this process reads part `index` of a batch's rows in `count` equal parts.
+
+  Processes that share rows, because the axis context crosses them, read the same part.
+  """
+  held = _blocks(mesh)
+  parts = sorted(set(held.values()))
+  if sum(map(len, parts)) != mesh.shape["data"] * mesh.shape["fsdp"] or len(set(map(len, parts))) > 1:
+    raise run.Refused(f"mesh {dict(mesh.shape)}: processes hold rows in part together, {parts}")
+  return parts.index(held[jax.process_index()]), len(parts)
+
+
+@functools.lru_cache
+def _blocks(mesh):
+  """{process: its blocks of rows, of data x fsdp}."""
+  held = {}
+  for (data, fsdp, *_), device in np.ndenumerate(mesh.devices):
+    held.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+  return {process: tuple(sorted(blocks)) for process, blocks in held.items()}

@@ -147,7 +147,7 @@ def _asked(error):
 
 def _bandwidth(target, mesh):
   """Bytes a second that a chip gathers over the torus axes its share of the state lies along."""
-  group = mesh.devices[0].flatten()
+  group = mesh.devices[0, :, :, 0].flatten()
   lengths = [len({device.coords[axis] for device in group}) for axis in range(target.chip.axes)]
   return sum(
       target.chip.link * (2 if wrapped and length == whole else 1)

@@ -120,8 +120,7 @@ def bits_per_byte(path, manifests, tokenizer, mesh, config):
     model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention)
     codes = [manifest["language"] for manifest in manifests]
     score = bits.scorer(model, tokenizer.bytes_V, len(codes), chunk=config.chunk)
-    process = (jax.process_index(), jax.process_count())
-    batches = loader.every_row_once(manifests, config.batch, process)
+    batches = loader.every_row_once(manifests, config.batch, axes.process_part(mesh))
     found = bits.evaluate(score, params, batches, mesh, codes)
   return {code: entry["bits_per_byte"] for code, entry in found.items()}
 

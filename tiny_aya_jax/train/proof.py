@@ -19,7 +19,8 @@ from tiny_aya_jax.axes import shard
 from tiny_aya_jax.model import attention
 from tiny_aya_jax.train import step
 
-DOCUMENTS = (50, 64)  # tokens; padding up to T
+# Tokens for each device of context, so that documents cross from one to the next.
+DOCUMENTS = (50, 64)  # padding up to T
 T = 128  # one tile of splash, two blocks of chunked
 WINDOWS = (32, None)  # one that ends inside a document, and that of full blocks
 
@@ -47,9 +48,8 @@ def check_attention(config, mesh):
   if backend == "reference":
     return
   N, K, H = config.model.N, config.model.K, config.model.H
-  length = -(-T // context) * context
   random = np.random.default_rng(0)
-  rows = [random.normal(size=(length, heads, H)).astype(np.float32) for heads in (N, K, K, N)]
+  rows = [random.normal(size=(T * context, heads, H)).astype(np.float32) for heads in (N, K, K, N)]
   compare = functools.partial(
       _error, backend=backend, dtype=jnp.dtype(config.dtype),
       B=mesh.shape["data"] * mesh.shape["fsdp"],
@@ -68,8 +68,9 @@ def check_attention(config, mesh):
 
 def _error(q_TNH, k_TKH, v_TKH, d_TNH, *, backend, dtype, B):
   """The largest error of B rows made from one, over windows, the output and three gradients."""
-  document_T = np.searchsorted(np.cumsum(DOCUMENTS), np.arange(len(q_TNH)), side="right")
-  start_T = np.cumsum((0, *DOCUMENTS))[document_T]
+  edges = np.cumsum((0, *DOCUMENTS)) * (len(q_TNH) // T)
+  document_T = np.searchsorted(edges[1:], np.arange(len(q_TNH)), side="right")
+  start_T = edges[document_T]
   segment_T = np.where(document_T < len(DOCUMENTS), document_T + 1, 0)
   segment_BT, position_BT = (
       jnp.asarray(np.tile(x, (B, 1)), jnp.int32) for x in (segment_T, np.arange(len(q_TNH)) - start_T)

@@ -43,9 +43,7 @@ def main(config, workdir, plan, validation, tokenizer):
     state = start.start(config, begin, mesh, tokenizer)
     _record(config, workdir, mesh, model, state, tokenizer)
     proof.check_attention(config, mesh)
-    rows = loader.Loader(
-        plan, config.data.seed, config.data.batch, (jax.process_index(), jax.process_count())
-    )
+    rows = loader.Loader(plan, config.data.seed, config.data.batch, axes.process_part(mesh))
     sources = [source["name"] for source in plan["sources"]]
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
     if not saved.steps(workdir):
@@ -151,11 +149,10 @@ def _evaluator(config, mesh, model, validation, tokenizer):
     return None
   languages = [manifest["language"] for manifest in validation]
   score = bits.scorer(model, tokenizer.bytes_V, len(languages), chunk=config.loss.chunk)
-  process = (jax.process_index(), jax.process_count())
 
   def evaluate(params):
     rows = config.data.batch // config.accumulate  # at once: what fits when training fits here
-    batches = loader.every_row_once(validation, rows, process)
+    batches = loader.every_row_once(validation, rows, axes.process_part(mesh))
     return bits.evaluate(score, params, batches, mesh, languages)
 
   return evaluate
