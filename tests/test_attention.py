@@ -87,17 +87,9 @@ def test_query_heads_share_key_heads_in_order(heads_per_key):
 def test_chunked_equals_reference_forward_and_gradient(window, length):
   inputs = heads(length)
   documents = ((length,), (3, length - 3))
-  direction = jnp.asarray(np.random.default_rng(1).normal(size=(B, length, N, H)), jnp.float32)
-
-  def value(inputs, backend):
-    out = attend(*inputs, documents, window, backend)
-    return jnp.sum(out * direction), out
-
-  graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
-  (d_reference, reference), (d_chunked, chunked) = (
-    graded(inputs, "reference"),
-    graded(inputs, "chunked"),
-  )
+  d = jnp.asarray(np.random.default_rng(1).normal(size=(B, length, N, H)), jnp.float32)
+  (reference, *d_reference), (chunked, *d_chunked) = (
+    graded(inputs, d, documents, window, backend) for backend in ("reference", "chunked"))
   assert relative(chunked, reference) < 1e-5
   for ours, theirs in zip(d_chunked, d_reference):
     assert relative(ours, theirs) < 1e-4
@@ -105,47 +97,44 @@ def test_chunked_equals_reference_forward_and_gradient(window, length):
 
 @pytest.mark.parametrize("length", [256, 200], ids=["two tiles", "a tile and a part"])
 @pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.parametrize("documents", ["one document", "packed"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("shared", [1, 2, 4], ids="{} queries a key".format)
 def test_splash_in_tiles_of_128_equals_reference_forward_and_gradient(
-    monkeypatch, shared, documents, window, length):
+    monkeypatch, shared, packed, window, length):
   monkeypatch.setattr(attention_splash, "BLOCK", 128)
-  random = np.random.default_rng(0)
-  q, k, v, direction = (
-    jnp.asarray(random.normal(size=(B, length, heads, 32)), jnp.float32)
-    for heads in (4, 4 // shared, 4 // shared, 4))
   # Packed: a document across the edge of the tiles, one of one token, padding at the end.
-  documents = dict(
-    [("one document", ((length,), (length,))), ("packed", ((70, 1, 90), (length - 9,)))])[documents]
-
-  def value(inputs, backend):
-    out = attend(*inputs, documents, window, backend)
-    return jnp.sum(out * direction), out
-
-  graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
-  reference, splash = (graded((q, k, v), backend) for backend in ("reference", "splash"))
-  for ours, theirs in zip(jax.tree.leaves(splash), jax.tree.leaves(reference), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+  documents = ((70, 1, 90), (length - 9,)) if packed else ((length,), (length,))
+  inputs = wide_heads(length, shared)
+  same(graded(*inputs, documents, window, "splash"), graded(*inputs, documents, window, "reference"))
 
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_splash_over_context_sees_and_moves_the_keys_of_every_part(monkeypatch, window):
   monkeypatch.setattr(attention_splash, "BLOCK", 128)
-  random = np.random.default_rng(0)
-  q, k, v, direction = (
-    jnp.asarray(random.normal(size=(B, 512, heads, 32)), jnp.float32) for heads in (4, 2, 2, 4))
-  documents = ((250, 1, 240), (100, 400))  # over the edges of the four parts
-
-  def value(inputs, backend):
-    out = attend(*inputs, documents, window, backend)
-    return jnp.sum(out * direction), out
-
-  graded = jax.jit(jax.grad(value, has_aux=True), static_argnums=1)
-  reference = graded((q, k, v), "reference")
+  documents, inputs = ((250, 1, 240), (100, 400)), wide_heads(512, 2)  # over the edges of four parts
+  reference = graded(*inputs, documents, window, "reference")
   with jax.set_mesh(axes.mesh(fsdp=2, context=4)):
-    splash = graded((q, k, v), "splash")
-  for ours, theirs in zip(jax.tree.leaves(splash), jax.tree.leaves(reference), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+    same(graded(*inputs, documents, window, "splash"), reference)
+
+
+def wide_heads(length, shared):
+  """((q, k, v), the gradient that comes back) with `shared` of 4 query heads to a key head of 32."""
+  random, keys = np.random.default_rng(0), 4 // shared
+  q, k, v, d = (
+    jnp.asarray(random.normal(size=(B, length, heads, 32)), jnp.float32) for heads in (4, keys, keys, 4))
+  return (q, k, v), d
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def graded(inputs, d, documents, window, backend):
+  """The output and the gradients of q, k and v."""
+  out, pull = jax.vjp(lambda *qkv: attend(*qkv, documents, window, backend), *inputs)
+  return out, *pull(d)
+
+
+def same(ours, theirs):
+  for x, y in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-5)
 
 
 def relative(x, y):

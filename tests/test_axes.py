@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tiny_aya_jax import axes, run
+from tiny_aya_jax.model import collectives
 from tiny_aya_jax.model.transformer import BLOCKS, TinyAya
 
 # tiny-aya-global's config.json (tiny_aya.md 1.1), spelled out: a changed experiment must not
@@ -254,14 +255,14 @@ def test_shard_does_nothing_outside_a_mesh_and_pins_the_layout_inside_one():
 def test_the_gradients_of_copies_are_summed_in_fp32():
   weight_DF = np.ones((8, 4), np.float32)
   with jax.set_mesh(axes.mesh(data=8, fsdp=1)):
-    _, pull = jax.vjp(lambda weight: axes.gather(weight, "DF", jnp.bfloat16), weight_DF)
+    _, pull = jax.vjp(lambda weight: collectives.gather(weight, "DF", jnp.bfloat16), weight_DF)
     gradient = jnp.ones((8, 8, 4), jnp.bfloat16).at[0].set(256)  # in bfloat16, 256 + 1 is 256
     np.testing.assert_array_equal(jax.jit(pull)(gradient)[0], 263)
 
 
 def test_what_goes_round_a_ring_travels_in_the_dtype_asked_for():
   def own(x):
-    return axes.ring_sum(lambda place: x[0].astype(jnp.float32), "fsdp", jnp.bfloat16)[None]
+    return collectives.ring_sum(lambda place: x[0].astype(jnp.float32), "fsdp", jnp.bfloat16)[None]
 
   mesh = axes.mesh(fsdp=8)
   with jax.set_mesh(mesh):

@@ -36,8 +36,9 @@ def test_a_file_that_is_no_config_is_refused_with_the_reason(capsys, tmp_path, t
   assert said in refused(capsys, "pack", f"--config={path}{variant}", f"--workdir={tmp_path}")
 
 
-def test_help_lists_every_verb(capsys):
-  assert __main__.main(["--help"]) == 0
+@pytest.mark.parametrize("argv", [[], ["--help"], ["train", "--help"]])
+def test_help_lists_every_verb(capsys, argv):
+  assert __main__.main(argv) == 0
   shown = capsys.readouterr().out
   assert all(f"  {verb} " in shown for verb in __main__.VERBS)
 

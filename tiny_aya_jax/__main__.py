@@ -25,8 +25,9 @@ WITHOUT_WORKDIR = ("plan", "bench", "verify")
 def main(argv=None):
   """Runs one verb; returns its exit code (run.EXIT)."""
   argv = sys.argv[1:] if argv is None else argv
-  if not argv or argv[0] in ("--help", "-h", "help"):
+  if not argv or argv[0] == "help" or {"--help", "-h"} & set(argv):
     print(__doc__ + "\n\n" + "\n".join(f"  {verb:9} {what}" for verb, (_, what) in VERBS.items()))
+    print("\nFILE is one of experiments/*.py: its head says how it is called, its fields what can be changed.")
     return 0
   try:
     run.choose("verb", argv[0], VERBS)

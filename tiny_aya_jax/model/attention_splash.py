@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tiny_aya_jax.axes import axis_size, ring_sum
+from tiny_aya_jax.axes import axis_size
+from tiny_aya_jax.model.collectives import ring_sum
 
 BLOCK = 1024  # queries and keys of a tile, forward and backward; a shorter row has one tile
 LANES = 128  # a tile's keys are a multiple of this

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tiny_aya_jax.axes import ring_sum
+from tiny_aya_jax.model.collectives import ring_sum
 
 HEAD = ("tensor", "fsdp")  # the axes that share the vocabulary, outermost first
 _TOKENS = PartitionSpec(("data", "fsdp"), "context")

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from tiny_aya_jax.axes import axis_size, from_copies, gather, letters, settle, shard, to_copies
+from tiny_aya_jax.axes import axis_size, letters, shard
 from tiny_aya_jax.model import fp8
 from tiny_aya_jax.model.attention import attention, ring_write
+from tiny_aya_jax.model.collectives import from_copies, gather, settle, to_copies
 
 BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # one period: HF layers 4l .. 4l+3
 normal = nn.initializers.normal(0.02)  # SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's: unpublished
@@ -240,7 +241,7 @@ def layer_norm(x_BTD, norm_D, cfg):
 
 
 def project(x, weight, letters, matmul):
-  """einsum(letters, x, weight[0]) for x = B T c.. and weight [copies, c.., r..] of axes.gather.
+  """einsum(letters, x, weight[0]) for x = B T c.. and weight [copies, c.., r..] of gather.
 
   matmul: 'dtype', in x's own, or 'fp8'. Tokens are flattened to one axis: a contraction over two
   (every weight gradient of a [B, T, D] einsum) runs at half speed on CPU (performance.md 1.8).
