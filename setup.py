@@ -38,5 +38,5 @@ setup(
         "Babel",
     ],
     extras_require=EXTRAS,
-    entry_points=dict(console_scripts=["tiny-aya=tiny_aya_jax.__main__:main"]),
+    entry_points=dict(console_scripts=["tiny-aya=tiny_aya_jax.__main__:console"]),
 )

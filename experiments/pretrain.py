@@ -64,7 +64,16 @@ def get_config(variant="full"):
   c.keep = 2  # checkpoints
   c.init_from = config_dict.placeholder(str)  # a workdir, a checkpoint or a Hugging Face folder
   c.init_what = "params"  # or "state": fork moments, step and data counters
-  c.stop_after = config_dict.placeholder(int)  # seconds, then save and exit 75
+  c.stop_after = config_dict.placeholder(int)  # seconds of the process, then save and exit 75
+  # Ours, but for 128 and 6 (OLMo's trainer, Levanter); train/guard.py, watchdog.py, saver.py.
+  c.guard = ConfigDict(dict(
+      window=128, sigma=6.0,  # no update from a loss so far above the last 128; inf: from any finite one
+      not_finite=10,  # steps in a row that were not finite, none applied: exit 77
+      hang_seconds=600,  # at least, and 10 times the median: exit 76
+      save_seconds=1800,  # a save that takes longer is a hang
+      failed_saves=3,  # in a row: exit 1
+      heartbeat_seconds=100,  # a process that is silent for so long ends the others
+  ))
   c.profile = ()  # (start, stop): trace these steps to WORKDIR/profile
   c.show = config_dict.placeholder(int)  # print so many rows and exit
   c.topology = config_dict.placeholder(str)  # plan: v5e:4x4,v5p:2x2x4; train refuses other devices

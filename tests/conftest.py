@@ -1,9 +1,11 @@
-"""Eight simulated devices, and one tiny model in which every letter has a size of its own.
+"""Eight simulated devices, one tiny model in which every letter has a size of its own, and rows.
 
 jax is imported inside the fixtures only: tests of files that need no jax stay fast.
 """
 
 import os
+import pathlib
+import sys
 import tempfile
 
 # Tests compile much and run little: level 0 halves the seconds.
@@ -99,3 +101,53 @@ def packed(documents, T):
       position_BT[row, start:stop] = np.arange(length)
       start = stop
   return segment_BT, position_BT
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+  """A vocabulary and packed rows of four languages of the embedded corpus."""
+  folder = tmp_path_factory.mktemp("data")
+  some = "--config.languages=('deu_Latn', 'tur_Latn', 'hin_Deva', 'wol_Latn')"
+  assert call("vocab", "vocab.py:tiny", folder, some, "--config.size=600",
+              "--config.bytes=200000") == 0
+  for variant in ("tiny", "tiny_instruct", "tiny_validation"):
+    assert call("pack", f"pack.py:{variant}", folder / "rows", some, "--config.T=32",
+                f"--config.tokenizer={folder / 'tokenizer.model'}") == 0
+  return folder
+
+
+def call(verb, experiment, workdir, *fields):
+  """Runs a verb in this process; a later --config.field wins over an earlier one."""
+  from tiny_aya_jax import __main__
+
+  last = dict(field.split("=", 1) for field in fields)
+  return __main__.main(
+      [verb, f"--config={ROOT / 'experiments' / experiment}", f"--workdir={workdir}",
+       *(f"{name}={value}" for name, value in last.items())]
+  )
+
+
+def arguments(data, workdir, *more):
+  """The words after `python -m tiny_aya_jax` of a small pretraining run; a later field wins."""
+  last = dict(field.split("=", 1) for field in fields(data, *more))
+  return ["train", f"--config={ROOT / 'experiments/pretrain.py'}:tiny", f"--workdir={workdir}",
+          *(f"{name}={value}" for name, value in last.items())]
+
+
+def command(data, workdir, *more):
+  """The same as a command line, for another process."""
+  return [sys.executable, "-m", "tiny_aya_jax", *arguments(data, workdir, *more)]
+
+
+def fields(data, *more):
+  """What makes experiments/pretrain.py:tiny smaller still."""
+  small = dict(D=16, N=4, K=2, H=4, F=24, V=600, window=8)
+  return [
+      f"--config.tokenizer={data / 'tokenizer.model'}", f"--config.data.rows={data / 'rows/train'}",
+      "--config.data.T=32", "--config.data.batch=16", "--config.log_every=2",
+      "--config.save_every=4", "--config.evaluate_every=100", "--config.schedule.warmup_steps=2",
+      *(f"--config.model.{name}={value}" for name, value in small.items()), *more,
+  ]

@@ -16,7 +16,7 @@ from test_transformer import graded
 from tiny_aya_jax import axes
 from tiny_aya_jax.model import fp8
 from tiny_aya_jax.model.transformer import Block, TinyAya
-from tiny_aya_jax.train import step
+from tiny_aya_jax.train import guard, step
 
 E4M3, E5M2 = jnp.dtype("float8_e4m3fn"), jnp.dtype("float8_e5m2")
 M, C, R = 48, 64, 32
@@ -212,12 +212,13 @@ def test_accumulation_changes_nothing(cfg, params, batch):
   loss = functools.partial(
       step.next_token_loss, model=TinyAya(cfg, matmul="fp8"), chunk=8, z_loss=0.0)
   tx = optax.sgd(1.0)
-  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
+  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params), guard=guard.fresh(128))
   results = []
   for accumulate in (1, 4):
     advance = jax.jit(functools.partial(
-        step.train_step, loss=loss, tx=tx, accumulate=accumulate, sources=1))
-    after, report = advance(state, batch | dict(source_B=np.zeros(8, np.int32)))
+        step.train_step, loss=loss, tx=tx, accumulate=accumulate, sources=1, sigma=6.0))
+    row_B = dict.fromkeys(("source_B", "vote_B"), np.zeros(8, np.int32))
+    after, report = advance(state, batch | row_B)
     gradients = jax.tree.map(jnp.subtract, state["params"], after["params"])
     results.append((report["loss"], gradients))
   assert_same(*results)  # the parts have scales of their own: powers of two, so the same roundings

@@ -21,7 +21,7 @@ from test_run import CASES, leaves
 from tiny_aya_jax import run
 from tiny_aya_jax.model import attention_splash
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import fields, optimizer, step
+from tiny_aya_jax.train import fields, guard, optimizer, step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -47,12 +47,14 @@ def three_steps(cfg, **settings):
   loss = functools.partial(step.next_token_loss, model=model, chunk=8, z_loss=1e-4)
   params = random_params(cfg, seed=5)
   tx = optax.adamw(1e-2, mask=optimizer.decay_mask)
-  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
-  advance = jax.jit(functools.partial(step.train_step, loss=loss, tx=tx, accumulate=1, sources=2))
+  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params), guard=guard.fresh(128))
+  advance = jax.jit(functools.partial(
+      step.train_step, loss=loss, tx=tx, accumulate=1, sources=2, sigma=6.0))
   losses = []
   for seed in range(3):
     batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed)
-    state, report = advance(state, batch | dict(source_B=np.array([0, 1, 0, 1], np.int32)))
+    row_B = dict(source_B=np.array([0, 1, 0, 1], np.int32), vote_B=np.zeros(4, np.int32))
+    state, report = advance(state, batch | row_B)
     losses.append(float(report["loss"]))
   return losses
 

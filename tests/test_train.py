@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -14,53 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny_aya_jax import __main__, axes, run
+from conftest import ROOT, call, command, fields
+
+from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.train import begin, checkpoint, metrics, optimizer, saved, step, train
+from tiny_aya_jax.train import begin, checkpoint, guard, metrics, optimizer, saved, step, train
 from tiny_aya_jax.train.fields import SHAPES
-
-ROOT = pathlib.Path(__file__).parents[1]
-T = 32
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  """A vocabulary and packed rows of four languages of the embedded corpus."""
-  folder = tmp_path_factory.mktemp("data")
-  some = "--config.languages=('deu_Latn', 'tur_Latn', 'hin_Deva', 'wol_Latn')"
-  assert call("vocab", "vocab.py:tiny", folder, some, "--config.size=600",
-              "--config.bytes=200000") == 0
-  for variant in ("tiny", "tiny_instruct", "tiny_validation"):
-    assert call("pack", f"pack.py:{variant}", folder / "rows", some, f"--config.T={T}",
-                f"--config.tokenizer={folder / 'tokenizer.model'}") == 0
-  return folder
-
-
-def call(verb, experiment, workdir, *fields):
-  """Runs a verb in this process; a later --config.field wins over an earlier one."""
-  last = dict(field.split("=", 1) for field in fields)
-  return __main__.main(
-      [verb, f"--config={ROOT / 'experiments' / experiment}", f"--workdir={workdir}",
-       *(f"{name}={value}" for name, value in last.items())]
-  )
-
-
-def command(data, workdir, *more):
-  """The same as a command line, for another process."""
-  last = dict(field.split("=", 1) for field in fields(data, *more))
-  return [sys.executable, "-m", "tiny_aya_jax", "train",
-          f"--config={ROOT / 'experiments/pretrain.py'}:tiny", f"--workdir={workdir}",
-          *(f"{name}={value}" for name, value in last.items())]
-
-
-def fields(data, *more):
-  small = dict(D=16, N=4, K=2, H=4, F=24, V=600, window=8)
-  return [
-      f"--config.tokenizer={data / 'tokenizer.model'}", f"--config.data.rows={data / 'rows/train'}",
-      f"--config.data.T={T}", "--config.data.batch=16", "--config.log_every=2",
-      "--config.save_every=4", "--config.evaluate_every=100", "--config.schedule.warmup_steps=2",
-      *(f"--config.model.{name}={value}" for name, value in small.items()), *more,
-  ]
 
 
 def pretrain(data, workdir, *more):
@@ -126,13 +84,15 @@ def test_stop_after_saves_and_exits_75(data, tmp_path):
   assert saved.steps(tmp_path)
 
 
-def test_a_loss_that_is_not_finite_exits_77_and_is_never_saved(data, tmp_path):
-  assert pretrain(data, tmp_path, "--config.steps=6", "--config.schedule.peak=1e30",
+def test_a_loss_that_stays_not_finite_exits_77_and_no_checkpoint_holds_it(data, tmp_path, capsys):
+  assert pretrain(data, tmp_path, "--config.steps=20", "--config.schedule.peak=1e30",
                   "--config.optimizer.clip=1e30", "--config.schedule.warmup_steps=0",
-                  "--config.save_every=1", "--config.log_every=100") == 77
+                  "--config.save_every=1", "--config.log_every=100", "--config.guard.not_finite=4") == 77
+  assert "not finite 4 steps in a row" in capsys.readouterr().out
+  assert saved.steps(tmp_path) and [path.suffix for path in saved.aside(tmp_path)] == [".suspect"]
   for step in saved.steps(tmp_path):  # the first update comes from a finite gradient
     params, _ = checkpoint.restore_params(tmp_path / "checkpoints" / str(step))
-    assert step == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
@@ -151,21 +111,34 @@ def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
   assert found.count(stopped) == 1
 
 
-def test_a_part_of_a_checkpoint_is_no_checkpoint(data, whole, tmp_path, capsys):
+def test_a_part_of_a_checkpoint_is_set_aside_and_an_older_one_used(data, whole, tmp_path, capsys):
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
   newest = saved.find(tmp_path)
+  assert (newest.name, saved.steps(tmp_path)) == ("8", [4, 8])
   (tmp_path / "checkpoints" / "99").mkdir()
   assert saved.find(tmp_path) == newest
   assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 0
-  assert f"left out, because it is incomplete: {tmp_path}/checkpoints/99" in capsys.readouterr().out
+  assert "a part of it was removed; set aside as" in capsys.readouterr().out
   shutil.rmtree(newest / "optimizer")
-  assert pretrain(data, tmp_path, "--config.steps=9", "--config.accumulate=2") == 65
-  assert "has no readable optimizer" in capsys.readouterr().err
+  assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 0
+  said = capsys.readouterr().out
+  assert "has no readable optimizer" in said and "steps 5 to 8 are trained again" in said
+  assert prints(tmp_path) == prints(whole)
   (newest / "data" / "data.json").write_text("")
-  assert pretrain(data, tmp_path, "--config.steps=9", "--config.accumulate=2") == 65
-  assert "data.json is not JSON" in capsys.readouterr().err
+  assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 0
+  assert "data.json is not JSON" in capsys.readouterr().out
+  assert prints(tmp_path) == prints(whole) and len(saved.aside(tmp_path)) == 3
+
+
+def test_a_workdir_without_a_sound_checkpoint_is_not_begun_anew(data, whole, tmp_path, capsys):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  for step in saved.steps(tmp_path):
+    (tmp_path / "checkpoints" / str(step) / "meta" / "data.json").write_text("{}")
+  for _ in range(2):
+    assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 65
+    assert "nothing is begun anew behind your back" in capsys.readouterr().err
   (tmp_path / "only" / "checkpoints" / "4").mkdir(parents=True)
-  assert pretrain(data, tmp_path / "only", "--config.steps=8") == 65  # not begun anew behind its back
+  assert pretrain(data, tmp_path / "only", "--config.steps=8") == 65
   assert "has no other" in capsys.readouterr().err
 
 
@@ -370,18 +343,19 @@ def step_inputs(cfg):
 
   batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed=3)
   batch["source_B"] = np.array([0, 1, 1, 2], np.int32)
+  batch["vote_B"] = np.zeros(4, np.int32)
   loss = functools.partial(step.next_token_loss, model=TinyAya(cfg), chunk=8, z_loss=1e-4)
   config = run.load_config(str(ROOT / "experiments/pretrain.py")).optimizer
   tx = optimizer.adamw(config, lambda step: 1e-2)
   params = random_params(cfg, seed=1)
-  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
+  state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params), guard=guard.fresh(128))
   return state, batch, loss, tx
 
 
 def test_accumulation_changes_nothing_but_rounding(step_inputs):
   state, batch, loss, tx = step_inputs
-  whole, one = step.train_step(state, batch, loss=loss, tx=tx, accumulate=1, sources=3)
-  parts, two = step.train_step(state, batch, loss=loss, tx=tx, accumulate=2, sources=3)
+  whole, one = step.train_step(state, batch, loss=loss, tx=tx, accumulate=1, sources=3, sigma=6.0)
+  parts, two = step.train_step(state, batch, loss=loss, tx=tx, accumulate=2, sources=3, sigma=6.0)
   np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
   np.testing.assert_allclose(one["nats_S"], two["nats_S"], rtol=1e-5)
   np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=1e-4)
@@ -396,7 +370,7 @@ def test_a_first_moment_in_bfloat16_stays_within_a_thousandth_of_the_loss(step_i
     config.adamw.mu_dtype = dtype
     tx = optimizer.adamw(config, lambda step: 1e-2)
     now = state | dict(optimizer=tx.init(state["params"]))
-    advance = jax.jit(functools.partial(step.train_step, loss=loss, tx=tx, accumulate=1, sources=3))
+    advance = jax.jit(functools.partial(step.train_step, loss=loss, tx=tx, accumulate=1, sources=3, sigma=6.0))
     reports = []
     for _ in range(6):
       now, report = advance(now, batch)

@@ -1,6 +1,7 @@
 """python -m tiny_aya_jax VERB --config=FILE[:variant] --workdir=DIR [--config.field=value ...]"""
 
 import importlib
+import os
 import sys
 import traceback
 
@@ -20,6 +21,25 @@ VERBS = dict(
     verify=("tiny_aya_jax.train.verify", "compares a checkpoint, or packed rows, with their digests"),
 )
 WITHOUT_WORKDIR = ("plan", "bench", "verify")
+
+
+def console():
+  """Runs the verb of the command line and ends the process with its exit code.
+
+  One of several processes that fails does not wait for the others to say goodbye: they are waiting
+  for it in a collective.
+  """
+  try:
+    code = main()
+  except Exception:
+    traceback.print_exc()
+    code = 1
+  jax = sys.modules.get("jax")
+  if code not in (run.EXIT["done"], run.EXIT["preempted"]) and jax and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def main(argv=None):
@@ -52,4 +72,4 @@ def _from_config(error):
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  console()

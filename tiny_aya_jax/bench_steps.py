@@ -24,7 +24,7 @@ import numpy as np
 
 from tiny_aya_jax import axes, bench, flops, run
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import optimizer, step
+from tiny_aya_jax.train import guard, optimizer, step
 
 GIB = 2**30
 PEAK = {  # dense bf16 operations a second, by device kind: NVIDIA's data sheets
@@ -216,7 +216,7 @@ def _plain(config, params):
 
   tx = optimizer.adamw(fields.optimizer, _rate(config))
   advance = jax.jit(functools.partial(
-      step.train_step, loss=loss, tx=tx, accumulate=1, sources=1), donate_argnums=0)
+      step.train_step, loss=loss, tx=tx, accumulate=1, sources=1, sigma=fields.guard.sigma), donate_argnums=0)
   state = _state(fields, jax.tree.map(jnp.array, params))
   batch = jax.tree.map(jnp.asarray, _batch(np.zeros((config.data.batch, config.T + 1), np.int32)))
   return _advance(advance.lower(state, batch).compile(), state, jax.device_put)
@@ -259,6 +259,7 @@ def _train_config(config, **changes):
   adamw = config.optimizer.to_dict()
   own = dict(
       loss=dict(chunk=config.loss_chunk, z_loss=0.0), accumulate=1,
+      guard=dict(window=128, sigma=6.0),
       optimizer=dict(clip=adamw.pop("clip"),
                      adamw={n: v for n, v in adamw.items() if n != "learning_rate"}),
   )
@@ -271,7 +272,8 @@ def _rate(config):
 
 def _state(fields, params):
   tx = optimizer.adamw(fields.optimizer, lambda _: 0.0)  # its state does not depend on the rate
-  return dict(step=jnp.int32(0), params=params, optimizer=jax.jit(tx.init)(params))
+  return dict(step=jnp.int32(0), params=params, optimizer=jax.jit(tx.init)(params),
+              guard=guard.fresh(fields.guard.window))
 
 
 def _advance(compiled, state, place):
@@ -304,4 +306,5 @@ def _batch(token_BT):
   return dict(
       token_BT=token_BT, target_BT=target_BT, segment_BT=segment_BT, position_BT=position_BT,
       weight_BT=np.ones(target_BT.shape, np.float32), source_B=np.zeros(len(token_BT), np.int32),
+      vote_B=np.zeros(len(token_BT), np.int32),
   )

@@ -28,6 +28,7 @@ EXIT = dict(
     hang=76,  # restart with backoff
     not_finite=77,  # loss is not finite: restart at most N times
 )
+BEGAN = time.time()  # when this process did, within the interpreter's start
 
 
 class Refused(ValueError):

@@ -60,6 +60,12 @@ class Loader:
     ]
     return decoded(records, source_B, self.plan["T"])
 
+  def ids(self, step):
+    """["deu_Latn/cldr:17", ...]: which rows of which sources make up the global batch of a step."""
+    source_B, row_B = self._locate(step * self.batch, (step + 1) * self.batch)
+    return [f"{self.plan['sources'][source]['name']}:{row}"
+            for source, row in zip(source_B.tolist(), row_B.tolist())]
+
   def _source(self, index):
     source = self.plan["sources"][index]
     if source["name"] not in self._opened:

@@ -7,6 +7,7 @@ refused: another model, T or tokenizer always, another rate, mixture, batch or s
 parameters only, at step 0. start.py loads what is decided here.
 """
 
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ def decide(config, workdir, plan, tokenizer):
   """config, workdir, door.check's plan and tokenizer -> Begin; raises Refused, writes nothing."""
   if saved.steps(workdir):
     return _resume(config, workdir, plan, tokenizer)
-  if broken := saved.incomplete(workdir):
-    raise run.Refused(f"{broken[-1]} is no whole checkpoint and {workdir} has no other: remove it to "
-                      "start anew")
+  if broken := saved.incomplete(workdir) or saved.aside(workdir):
+    raise run.Refused(f"{broken[-1]} is no whole checkpoint and {workdir} has no other: nothing is begun "
+                      "anew behind your back; give another --workdir, or remove it")
   if not config.init_from:
     return Begin(None, False, 0, 0, plan, None, f"parameters from scratch, seed {config.seed}")
   run.existing("init_from", config.init_from)
@@ -81,7 +82,6 @@ def _resume(config, workdir, plan, tokenizer):
     followed = _continue(
         _follow(config, data, plan, meta["start"], here), data, config.data.batch)
   said = [f"resumed from {path}"]
-  said += [f"left out, because it is incomplete: {folder}" for folder in saved.incomplete(workdir)]
   said += [f"accepted change: {'; '.join(changes)}"] if changes else []
   return Begin(
       path, True, meta["step"], meta["start"], _with_paths(followed, plan), origin,
@@ -177,14 +177,16 @@ def facts(config):
   """What a resume may change only with accept_change."""
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
               batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
-              dtype=config.dtype, matmul=config.matmul)
+              dtype=config.dtype, matmul=config.matmul,
+              guard=dict(window=config.guard.window, sigma=config.guard.sigma))
 
 
 def trained(meta):
   """The `facts` of a checkpoint; where it is older than a field, all that there was before it."""
   optimizer = meta["run"]["optimizer"]
   adamw = dict(mu_dtype="float32") | optimizer["adamw"]
-  return dict(matmul="dtype") | meta["run"] | dict(optimizer=optimizer | dict(adamw=adamw))
+  none = dict(matmul="dtype", guard=dict(window=128, sigma=math.inf))
+  return none | meta["run"] | dict(optimizer=optimizer | dict(adamw=adamw))
 
 
 def _changes(before, now):

@@ -1,11 +1,13 @@
-"""Checkpoints that prove themselves: Orbax behind four functions, one folder a step (saved.py).
+"""Checkpoints that prove themselves: Orbax behind a few functions, one folder a step (saved.py).
 
 workdir/checkpoints/<step>/{params, optimizer, data, meta}: two trees of arrays, two of JSON. Orbax
 commits by renaming, so a folder named by digits is whole; it does not notice a flipped bit, so
-`meta` holds a fingerprint of every array, computed under jit on the sharded arrays and the same on
-any mesh, and `restore` compares (ecosystem.md D.1). No other file imports Orbax.
+`meta` holds a digest of the JSON and a fingerprint of every array, computed under jit on the sharded
+arrays and the same on any mesh, and `restore` compares (ecosystem.md D.1). No other file imports
+Orbax. Saving beside training, and again when it fails, is saver.py.
 """
 
+import errno
 import pathlib
 import shutil
 import warnings
@@ -14,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from tiny_aya_jax import run
+from tiny_aya_jax import processes, run
 from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
 # Restoring NumPy arrays reads no sharding file; Orbax warns about it all the same.
 warnings.filterwarnings("ignore", message="Sharding info not provided")
 
@@ -25,18 +28,45 @@ warnings.filterwarnings("ignore", message="Sharding info not provided")
 def save(workdir, step, items, *, keep):
   """Writes items {params, optimizer, data, meta} as `step`, then deletes all but the newest `keep`.
 
-  Blocks until the checkpoint is committed. `meta` gains "step" and "fingerprints".
+  Blocks until the checkpoint is committed. `meta` gains "step", "fingerprints" and "sha256".
+  """
+  begin(workdir, step, items, seconds=1200)()
+  prune(workdir, keep)
+
+
+def begin(workdir, step, items, *, seconds):
+  """Starts to write a checkpoint; returns a function that waits until it is committed, or raises.
+
+  On return the arrays are copied or held: they may be donated. All processes call it together.
+  Raises OSError at once if there is not room for it; seconds: what Orbax waits for other processes.
   """
   folder = pathlib.Path(workdir).absolute() / "checkpoints"
-  prints = {name: fingerprints(items[name]) for name in TREES if name in items}
-  items = items | dict(meta=items["meta"] | dict(step=step, fingerprints=prints))
-  with _context():
-    ocp.save_checkpointables(folder / str(step), items, overwrite=True)
-  if jax.process_index() == 0:
-    for old in saved.steps(workdir)[:-keep]:
-      (folder / str(old)).rename(folder / f"{old}.old")  # half a deletion is no checkpoint
-    for stale in folder.glob("*.old"):
-      shutil.rmtree(stale)
+  trees = {name: items[name] for name in TREES if name in items}
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+  folder.mkdir(parents=True, exist_ok=True)
+  free = shutil.disk_usage(folder).free
+  if not processes.agreed(free > size):
+    raise OSError(errno.ENOSPC, f"a checkpoint is {size:,} bytes, {free:,} are free in {folder}")
+  prints = {name: fingerprints(tree) for name, tree in trees.items()}
+  meta = items["meta"] | dict(step=step, fingerprints=prints)
+  items = items | dict(meta=saved.signed(meta, items.get("data")))
+  with _context(seconds):
+    return ocp.save_checkpointables_async(folder / str(step), items).result
+
+
+def prune(workdir, keep):
+  """Deletes all but the newest `keep` checkpoints: half a deletion is no checkpoint. Process 0."""
+  folder = pathlib.Path(workdir) / "checkpoints"
+  for old in saved.steps(workdir)[:-keep]:
+    (folder / str(old)).rename(folder / f"{old}.old")
+  for stale in folder.glob("*.old"):
+    shutil.rmtree(stale)
+
+
+def sweep(workdir):
+  """Deletes what a save left that was never committed. Process 0, while nothing is being saved."""
+  for stale in (pathlib.Path(workdir) / "checkpoints").glob(f"*{TEMPORARY}*"):
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def restore(path, abstract, names=TREES):
@@ -116,13 +146,10 @@ def _fingerprint(x):
 
 def _described(path, name):
   """Shapes and dtypes of one item's arrays, as they lie on disk."""
-  try:
-    with _context():
-      found = ocp.checkpointables_metadata(path).metadata
-  except (OSError, ValueError, KeyError) as error:
-    raise run.Refused(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+  with _context():
+    found = _read(path, lambda: ocp.checkpointables_metadata(path).metadata)
   if found.get(name) is None:
-    raise run.Refused(f"{path} has no readable {name}: a part of it was removed; use another step")
+    raise saved.Damaged(f"{path} has no readable {name}: a part of it was removed; use another step")
   return found[name]
 
 
@@ -131,10 +158,10 @@ def _compare(path, name, abstract):
   held = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
   wanted = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
   if odd := sorted(held.keys() ^ wanted.keys()):
-    raise run.Refused(f"{path}: {name} differs from this run's in {len(odd)} arrays, e.g. {odd[0]}")
+    raise saved.Damaged(f"{path}: {name} differs from this run's in {len(odd)} arrays, e.g. {odd[0]}")
   for key, leaf in wanted.items():
     if (held[key].shape, held[key].dtype) != (leaf.shape, leaf.dtype):
-      raise run.Refused(
+      raise saved.Damaged(
           f"{path}: {name} {key} is {held[key].dtype}{list(held[key].shape)}, "
           f"this run's is {leaf.dtype}{list(leaf.shape)}"
       )
@@ -144,18 +171,31 @@ def _check(path, name, tree, facts):
   found, expected = fingerprints(tree), facts["fingerprints"][name]
   wrong = sorted(key for key in found if found[key] != expected.get(key))
   if wrong:
-    raise run.Refused(
+    raise saved.Damaged(
         f"{path}: {len(wrong)} of {len(found)} arrays of {name} are not what was saved, e.g. "
         f"{wrong[0]}: the files are damaged; use an older step"
     )
 
 
 def _load(path, abstract):
-  try:
-    with _context():
-      return ocp.load_checkpointables(path, abstract)
-  except (OSError, ValueError, KeyError) as error:
-    raise run.Refused(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+  with _context():
+    return _read(path, lambda: ocp.load_checkpointables(path, abstract))
+
+
+def _read(path, read):
+  """What `read` gives, tried twice; Damaged if it fails, on every process if it does on one."""
+  for _ in range(2):  # a network may have failed for a moment
+    found = error = None
+    try:
+      found = read()
+    except jax.errors.JaxRuntimeError:  # memory, or another process: nothing is known of the files
+      raise
+    except Exception as failure:  # of damaged files Orbax and TensorStore raise whatever they like
+      error = failure
+    if processes.agreed(error is None):
+      return found
+  said = " ".join(str(error or "on another process").split())[:200]
+  raise saved.Damaged(f"{path} cannot be read: {said}") from error
 
 
 def _name(path):
@@ -168,11 +208,12 @@ def _here():
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _context():
+def _context(seconds=1200):
   """Orbax with `data` and `meta` as JSON files, not as trees of scalar arrays."""
   registry = ocp.handlers.local_registry(include_global_registry=True)
   for name in ("data", "meta"):
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
   context = ocp.Context()
   context.checkpointables.registry = registry
+  context.asynchronous.timeout_secs = seconds
   return context

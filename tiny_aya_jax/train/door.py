@@ -6,13 +6,17 @@ devices (how many there are) is refused by axes.mesh, before anything is compile
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, show, tokenizer as tokenizers
-from tiny_aya_jax.train import begin as begins, fields
+from tiny_aya_jax.train import begin as begins, fields, saved
 
 
 def main(config, workdir):
   """The verb: checks, shows rows if config.show asks for them, else trains."""
   plan, validation, tokenizer = check(config)
-  begin = begins.decide(config, workdir, plan, tokenizer)
+  try:
+    begin = begins.decide(config, workdir, plan, tokenizer)
+  except saved.Damaged:  # train falls back to an older one, once nobody else can be saving
+    if config.show is not None or not saved.steps(workdir):
+      raise
   if config.show is not None:
     print(_next_rows(config, begin, tokenizer))
     return run.EXIT["done"]

@@ -23,7 +23,9 @@ def _fields(config):
   run.choose("config.init_what", config.init_what, ("params", "state"))
   least = {"data.batch": 1, "data.T": 2, "data.threads": 0, "data.prefetch": 1, "loss.chunk": 1,
            "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
-           "schedule.peak": 0, "schedule.final": 0}
+           "schedule.peak": 0, "schedule.final": 0, "guard.window": 2, "guard.hang_seconds": 1,
+           "guard.save_seconds": 1, "guard.heartbeat_seconds": 1, "guard.not_finite": 1,
+           "guard.failed_saves": 1}
   least |= dict.fromkeys(
       ("steps", "accumulate", "save_every", "evaluate_every", "log_every", "keep", "unroll"), 1)
   for name, smallest in least.items():
@@ -32,6 +34,9 @@ def _fields(config):
     if not smallest <= value < math.inf:  # so, nan is refused too
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
+  if not config.guard.sigma > 0:
+    raise run.Refused(f"config.guard.sigma is {config.guard.sigma}, expected more than 0: how many "
+                      "deviations make a spike; 'inf' applies every finite update")
   if config.show is not None and config.show < 1:
     raise run.Refused(f"config.show is {config.show} rows, expected at least 1")
   if config.stop_after is not None and config.stop_after < 1:

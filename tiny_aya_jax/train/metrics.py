@@ -56,14 +56,14 @@ class Writer:
 
 
 def read(path):
-  """The rows of a metrics.jsonl; a torn last line is left out."""
+  """The rows of a file of JSON lines; one that a crash tore is left out."""
   rows = []
   if pathlib.Path(path).exists():
     for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
       try:
         rows.append(json.loads(line))
       except json.JSONDecodeError:
-        break
+        continue
   return rows
 
 

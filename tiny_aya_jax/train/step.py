@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from tiny_aya_jax import axes, chips
-from tiny_aya_jax.axes import axis_size
+from tiny_aya_jax.axes import axis_size, constrain
 from tiny_aya_jax.model import bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import optimizer
+from tiny_aya_jax.train import guard, optimizer
 
 
 def model(config):
@@ -35,7 +35,7 @@ def step(config, rate, sources):
   return jax.jit(
       functools.partial(
           train_step, loss=loss, tx=optimizer.adamw(config.optimizer, rate),
-          accumulate=config.accumulate, sources=sources,
+          accumulate=config.accumulate, sources=sources, sigma=config.guard.sigma,
       ),
       donate_argnums=0,
   )
@@ -50,14 +50,15 @@ def compiled(config, mesh, rate, sources):
 
 
 def scratch(config):
-  """A function of nothing: the state {"step", "params", "optimizer"} of a run that begins."""
+  """A function of nothing: the state {"step", "params", "optimizer", "guard"} of a run that begins."""
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
   shape = TinyAya(config.model)  # parameters do not depend on how they are used
 
   def draw():
     rows = jnp.ones((axis_size("data") * axis_size("fsdp"), axis_size("context")), jnp.int32)
     params = shape.init(jax.random.key(config.seed), rows, rows, rows)["params"]
-    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params))
+    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params),
+                guard=guard.fresh(config.guard.window))
 
   return draw
 
@@ -74,7 +75,7 @@ def batch(config, mesh):
   """ShapeDtypeStructs of one global batch, laid out by their letters."""
   B, T = config.data.batch, config.data.T
   names = dict.fromkeys(("token_BT", "target_BT", "segment_BT", "position_BT"), jnp.int32)
-  names |= dict(weight_BT=jnp.float32, source_B=jnp.int32)
+  names |= dict(weight_BT=jnp.float32, source_B=jnp.int32, vote_B=jnp.int32)
   return {
       name: jax.ShapeDtypeStruct(
           (B, T)[: len(axes.letters(name))], dtype, sharding=axes.activation(mesh, name)
@@ -94,12 +95,18 @@ def next_token_loss(params, batch, *, model, chunk, z_loss):
   )
 
 
-def train_step(state, batch, *, loss, tx, accumulate, sources):
+# vote_B: what the process that has these rows asks all to do after this step; the largest wins, and
+# every process reads the same answer in the report. A signal or a clock is of one process only.
+GO_ON, SAVE, STOP = 0, 1, 2
+
+
+def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
   """(state, global batch) -> (state, metrics). Gradients are of the mean over all tokens.
 
-  state: {"step", "params", "optimizer"}. The batch is split into `accumulate` parts whose sums,
-  not means, are added, so the result does not depend on how it is split. metrics: loss in nats a
-  token, grad_norm, tokens, and nats_S, tokens_S per source.
+  state: {"step", "params", "optimizer", "guard"}. The batch is split into `accumulate` parts whose
+  sums, not means, are added, so the result does not depend on how it is split. An update that
+  guard.judge does not want is not applied. metrics: loss in nats a token, grad_norm, tokens, verdict,
+  not_finite (steps in a row), vote, and nats_S, tokens_S per source.
   """
   def part(carry, rows):
     def summed(params):
@@ -124,12 +131,14 @@ def train_step(state, batch, *, loss, tx, accumulate, sources):
   count = jnp.maximum(count, 1)
   grads = jax.tree.map(lambda grad: grad / count, grads)
   updates, moments = tx.update(grads, state["optimizer"], state["params"])
-  new_state = dict(
-      step=state["step"] + 1, params=optax.apply_updates(state["params"], updates),
-      optimizer=moments,
-  )
-  report = dict(loss=sum / count, grad_norm=optax.tree.norm(grads), tokens=count, **per_source)
-  return new_state, report
+  updated = dict(params=optax.apply_updates(state["params"], updates), optimizer=moments)
+  grad_norm = optax.tree.norm(grads)
+  verdict, guarded = guard.judge(state["guard"], sum / count, grad_norm, sigma)
+  kept = jax.tree.map(functools.partial(guard.keep, verdict), updated,
+                      {name: state[name] for name in updated})
+  report = dict(loss=sum / count, grad_norm=grad_norm, tokens=count, verdict=verdict,
+                not_finite=guarded["not_finite"], vote=batch["vote_B"].max(), **per_source)
+  return kept | dict(step=state["step"] + 1, guard=guarded), jax.tree.map(constrain, report)
 
 
 def _microbatches(batch, accumulate):

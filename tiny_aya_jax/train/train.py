@@ -7,6 +7,7 @@ checkpoint; else `init_from`; else scratch. Exit codes: run.EXIT.
 
 import contextlib
 import fcntl
+import functools
 import math
 import os
 import signal
@@ -16,11 +17,12 @@ import time
 import jax
 import numpy as np
 
-from tiny_aya_jax import axes, chips, run
+from tiny_aya_jax import axes, chips, processes, run
 from tiny_aya_jax.data import loader, mixture
 from tiny_aya_jax.model import attention, bits
 from tiny_aya_jax.train import (
-    begin as begins, checkpoint, fields, metrics, optimizer, proof, saved, start, step
+    begin as begins, fields, guard, ledger, metrics, optimizer, proof, saved, saver as savers, start,
+    step, watchdog
 )
 
 
@@ -29,6 +31,7 @@ def main(config, workdir, plan, validation, tokenizer):
 
   plan, validation (manifests) and tokenizer come from door.check. Resumes by the workdir alone.
   """
+  processes.join(config.guard.heartbeat_seconds)
   mesh = axes.mesh(**config.mesh.to_dict())
   chips.refuse_other(config.topology, mesh.devices.flatten())
   fields.check_batch(config, mesh)
@@ -36,102 +39,142 @@ def main(config, workdir, plan, validation, tokenizer):
       config.attention, config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
   )
   with _lock(workdir), jax.set_mesh(mesh):
+    spent = ledger.Ledger(workdir)
     proof.keep_programs(workdir)
     model = step.model(config)
-    begin = begins.decide(config, workdir, plan, tokenizer)  # again, now that nobody else saves
+    with spent.spent("restore"):
+      begin, state = start.newest(config, workdir, plan, mesh, tokenizer)
     plan = begin.plan
-    state = start.start(config, begin, mesh, tokenizer)
     _record(config, workdir, mesh, model, state, tokenizer)
-    proof.check_attention(config, mesh)
     rows = loader.Loader(plan, config.data.seed, config.data.batch, axes.process_part(mesh))
     sources = [source["name"] for source in plan["sources"]]
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
     if not saved.steps(workdir):
       run.say("\n".join(mixture.table(plan, (begin.start + config.steps) * config.data.batch)))
-    advance = proof.program(config, mesh, rate, len(sources))
+    with spent.spent("compile"):
+      proof.check_attention(config, mesh)
+      advance = _within_memory(config, proof.program, config, mesh, rate, len(sources))
     evaluate = _evaluator(config, mesh, model, validation, tokenizer)
     meta = dict(
         model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
         start=begin.start, steps=config.steps, origin=begin.origin, run=begins.facts(config),
     )
-    return _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta)
+    spent.begin(int(state["step"]))
+    try:
+      with contextlib.closing(watchdog.Watchdog(workdir, config.guard.hang_seconds)) as dog:
+        return _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent, dog)
+    finally:
+      run.say(ledger.said(workdir))
 
 
-def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta):
+def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent, dog):
   first, start = int(state["step"]), meta["start"]
   last = start + config.steps
   writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
-  began = since = time.monotonic()
+  saver = savers.Saver(workdir, config.keep, config.guard, dog)
+  since = time.monotonic()
   reports = []  # of the steps since the last line; on the devices until then
+  before = None  # the report of the step before
+  checked = functools.partial(_within_memory, config, advance)  # the first step
 
-  def save(at):
+  def items(at):
     data = rows.state(at) | dict(plan=rows.plan, batch=config.data.batch)
-    items = dict(params=state["params"], optimizer=state["optimizer"], data=data, meta=meta)
-    checkpoint.save(workdir, at, items, keep=config.keep)
+    return dict(params=state["params"], optimizer=state["optimizer"], data=data,
+                meta=meta | dict(guard=guard.to_json(state["guard"])))
 
   def log(at):
-    """Writes and prints the steps since the last line; returns whether they were finite."""
+    """Writes and prints the steps since the last line."""
     window = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(reports))
-    tokens = float(window["tokens"].sum())
-    loss = float((window["loss"] * window["tokens"]).sum() / max(tokens, 1))  # one mean, over tokens
-    grad_norm = float(window["grad_norm"].mean())
-    languages = _by_language(sources, window["nats_S"].sum(0), window["tokens_S"].sum(0))
+    for verdict, loss, grad_norm, done in zip(
+        *(window[name].tolist() for name in ("verdict", "loss", "grad_norm")),
+        range(at - len(reports) + 1, at + 1)):
+      if verdict:
+        _skipped(writer, rows, done, guard.SAID[verdict], loss, grad_norm)
+    finite = window["verdict"] != guard.NOT_FINITE
+    sums = {name: np.where(finite.reshape(-1, *(1,) * (window[name].ndim - 1)), window[name], 0)
+            for name in ("loss", "tokens", "grad_norm", "nats_S", "tokens_S")}
+    tokens = float(sums["tokens"].sum())
+    loss = float((sums["loss"] * sums["tokens"]).sum() / max(tokens, 1))  # one mean, over tokens
+    grad_norm = float(sums["grad_norm"].sum() / max(finite.sum(), 1))
+    if not finite.any():
+      loss = grad_norm = math.nan
+    languages = _by_language(sources, sums["nats_S"].sum(0), sums["tokens_S"].sum(0))
     speed = len(reports) * config.data.batch * config.data.T / (time.monotonic() - since)
     writer.write(dict(
         step=at, loss=loss, grad_norm=grad_norm, learning_rate=float(rate(at - 1)),
-        tokens=tokens, tokens_per_second=speed,
-        seconds=time.monotonic() - began, languages=languages,
+        tokens=tokens, tokens_per_second=speed, skipped=int((window["verdict"] > 0).sum()),
+        seconds=time.time() - run.BEGAN, languages=languages,
     ))
     run.say(
         f"step {at - start}/{config.steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr "
         f"{float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s  {_extremes(languages)}"
     )
-    return math.isfinite(loss) and math.isfinite(grad_norm)
+    spent.write(at)
 
   def assess(at):
-    if evaluate is not None:
+    """The evaluation of a step, once: a start finds the one that it has, or makes up for it."""
+    if evaluate is None or not _due(config, start, at):
+      return
+    if not processes.agreed(jax.process_index() > 0 or not metrics.evaluated(workdir, at)):
+      return
+    with dog.watch("an evaluation"), spent.spent("evaluate"):
       found = evaluate(state["params"])
-      summary = bits.summary(found)
-      writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
-                    "summary": summary})
-      run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
-          **summary))
+    summary = bits.summary(found)
+    writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
+                  "summary": summary})
+    run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
+        **summary))
 
-  # A stop at a step that is due saves without evaluating: the next start makes up for it.
-  if first == start or (_due(config, first - start) and not metrics.evaluated(workdir, first)):
-    assess(first)
-    since = time.monotonic()
+  assess(first)
+  since = time.monotonic()
   slow = False  # whether it was said that the kernel leaves some rows to another
   batches = rows.batches(first, config.data.threads, config.data.prefetch)
   ticks = range(first, last)
   for at in run.progress(ticks, "train") if sys.stdout.isatty() else ticks:
     _profile(config, workdir, at - start)
-    batch = next(batches)
-    if (why := attention.slow_rows(config.attention, batch["segment_BT"])) and not slow:
-      slow = True
-      run.say(f"step {at - start + 1}: {why}")
-    state, report = advance(state, axes.place(mesh, batch))
-    reports.append(report)
-    done = at + 1
-    ended = done == last or stop() or _time_up(config, began)
-    saving = ended or (done - start) % config.save_every == 0
-    if saving or (done - start) % config.log_every == 0:  # nothing is saved before it was looked at
-      finite, reports = log(done), []
-      if not finite:
-        run.say(f"loss or gradient is not finite at step {done}: stopping, checkpoints stay as they are")
-        writer.close()
-        return run.EXIT["not_finite"]
-      since = time.monotonic()
-    if done == last or (_due(config, done - start) and not ended):
-      assess(done)
-      since = time.monotonic()
+    with dog.watch("a step"):
+      with spent.spent("data"):
+        batch = next(batches)
+      if (why := attention.slow_rows(config.attention, batch["segment_BT"])) and not slow:
+        slow = True
+        run.say(f"step {at - start + 1}: {why}")
+      with spent.spent("step"):
+        vote = step.STOP if stop() or _time_up(config) else step.SAVE if saver.failed() else step.GO_ON
+        batch["vote_B"] = np.full(len(batch["source_B"]), vote, np.int32)
+        state, report = checked(state, axes.place(mesh, batch))
+        checked = advance
+        reports.append(report)
+        # Waits for the step before while this one runs: what all processes then know alike.
+        asked, not_finite = (map(int, jax.device_get((before["vote"], before["not_finite"])))
+                             if before else (step.GO_ON, 0))
+        before = report
+        done = at + 1
+        ended = done == last or asked == step.STOP
+        saving = ended or asked == step.SAVE or (done - start) % config.save_every == 0
+        logging = saving or (done - start) % config.log_every == 0
+        if logging:  # nothing is saved before it was looked at
+          not_finite = int(report["not_finite"])
+    if logging:
+      log(done)
+      reports, since = [], time.monotonic()
+    if not_finite >= config.guard.not_finite:
+      return _not_finite(workdir, writer, saver, done, not_finite)
     if saving:
-      save(done)
+      with spent.spent("save"):
+        saver.start(done, items(done))
+    if done == last or not ended:
+      assess(done)
+    if ended:
+      with spent.spent("save"):
+        saver.finish(done, items(done))
+    if saving:
       since = time.monotonic()
     if ended:
       break
   _profile(config, workdir, None)
   writer.close()
+  if first < last:
+    spent.write(done)
   if first < last and done < last:
     run.say(f"stopped at step {done}, saved: run the same command again to continue")
     return run.EXIT["preempted"]
@@ -139,8 +182,43 @@ def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, 
   return run.EXIT["done"]
 
 
-def _due(config, steps):
-  return steps % config.evaluate_every == 0
+def _skipped(writer, rows, done, why, loss, grad_norm):
+  """Says of a step that its update was not applied, and which rows it was made of."""
+  ids = rows.ids(done - 1)
+  writer.write(dict(step=done, why=why, loss=loss, grad_norm=grad_norm, rows=ids))
+  run.say(f"step {done}: no update, {why}: loss {loss:.4f}, grad norm {grad_norm:.2f}, rows {ids[0]} to "
+          f"{ids[-1]} (all in metrics.jsonl)")
+
+
+def _not_finite(workdir, writer, saver, done, count):
+  """Ends a run that goes nowhere. What repeats is not in the rows: an older state may be sound."""
+  saver.close()
+  steps, said = saved.steps(workdir), "the only checkpoint stays"
+  if len(steps) > 1:
+    if jax.process_index() == 0:
+      saved.set_aside(saved.find(workdir), "suspect")
+    said = f"{steps[-1]} is set aside as suspect, the next start goes on from {steps[-2]}"
+  run.say(f"loss or gradient was not finite {count} steps in a row, up to {done}, none applied: {said}")
+  writer.close()
+  return run.EXIT["not_finite"]
+
+
+def _within_memory(config, call, *arguments):
+  """call(*arguments), refused if a device has no room for it: it would have none the next time."""
+  try:
+    return call(*arguments)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise run.Refused(
+        f"out of memory on {jax.local_devices()[0].device_kind}: {' '.join(str(error).split())[:300]}: set "
+        f"config.accumulate above {config.accumulate}, another config.remat than {config.remat!r}, or "
+        "more devices of config.mesh.fsdp; tiny-aya plan says what fits"
+    ) from error
+
+
+def _due(config, start, at):
+  return at == start + config.steps or (at - start) % config.evaluate_every == 0
 
 
 def _evaluator(config, mesh, model, validation, tokenizer):
@@ -196,9 +274,16 @@ def _record(config, workdir, mesh, model, state, tokenizer):
 
 @contextlib.contextmanager
 def _lock(workdir):
-  """One run a workdir: the lock dies with its process, so a stale one never blocks."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / "lock", "a") as file:
+  """One run a workdir: the lock dies with its process, so a stale one never blocks.
+
+  It holds on one machine, and between machines where the file system has locks (NFS; not a bucket).
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(workdir / "lock", "a")
+  except OSError as error:
+    raise run.Refused(f"{workdir} cannot be written to ({error.strerror}): give another --workdir") from None
+  with file:
     try:
       if jax.process_index() == 0:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,8 +306,8 @@ def _stop_signal():
   return lambda: bool(received)
 
 
-def _time_up(config, began):
-  return bool(config.stop_after) and time.monotonic() - began > config.stop_after
+def _time_up(config):
+  return bool(config.stop_after) and time.time() - run.BEGAN > config.stop_after
 
 
 def _profile(config, workdir, step):

@@ -1,0 +1,108 @@
+"""Several processes of one run, on one machine: what two do is what one does, and both end together."""
+
+import os
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import runs
+from tiny_aya_jax.train import saved
+
+STEPS = "--config.steps=8"
+QUICK = "--config.guard.heartbeat_seconds=10"
+
+
+def pod(count):
+  return dict(command=["bash", str(runs.ROOT / "launch" / "local_pod.sh"), "-n", str(count)])
+
+
+def pids(workdir):
+  """The processes that local_pod.sh has named, of its last start."""
+  found = re.findall(r"local_pod: process (\d+) is pid (\d+)", runs.said(workdir))
+  return {int(process): int(pid) for process, pid in found}
+
+
+def begun(workdir):
+  return lambda: len(runs.starts(workdir)) > 0 and "step " in runs.said(workdir)
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+  """The run on one process with two devices."""
+  workdir = tmp_path_factory.mktemp("one")
+  more = f"--config.data.validation={data / 'rows/validation'}"
+  assert runs.run(data, workdir, STEPS, more, devices=2)[0] == 0
+  return workdir
+
+
+def test_two_processes_do_what_one_does(data, one, tmp_path):
+  more = f"--config.data.validation={data / 'rows/validation'}"
+  code, said = runs.run(data, tmp_path / "two", STEPS, more, **pod(2))
+  assert code == 0 and "mesh {'data': 1, 'fsdp': 2" in said
+  assert runs.end(tmp_path / "two")[3:] == runs.end(one)[3:]  # plan and position
+  ours, theirs = runs.losses(tmp_path / "two"), runs.losses(one)
+  assert ours.keys() == theirs.keys()
+  np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
+  evaluations = [[row["summary"]["mean"] for row in runs.metrics.read(workdir / "metrics.jsonl")
+                  if "evaluation" in row] for workdir in (one, tmp_path / "two")]
+  assert len(evaluations[0]) == 2
+  np.testing.assert_allclose(*evaluations, rtol=1e-6)
+  bits = runs.end(tmp_path / "two")[1] == runs.end(one)[1]
+  print(f"\nfingerprints of two processes equal those of one: {bits}")
+
+
+def test_a_run_goes_on_with_any_number_of_processes(data, one, tmp_path):
+  workdir = tmp_path / "run"
+  for count, steps in (1, 2), (2, 4), (4, 6), (1, 8):
+    assert runs.run(data, workdir, f"--config.steps={steps}", "--config.save_every=2",
+                    **(pod(count) if count > 1 else {}))[0] == 0
+  assert runs.starts(workdir) == [0, 2, 4, 6]
+  assert runs.end(workdir)[3:] == runs.end(one)[3:]
+  ours, theirs = runs.losses(workdir), runs.losses(one)
+  np.testing.assert_allclose([ours[step] for step in (2, 4, 6, 8)],
+                             [theirs[step] for step in (2, 4, 6, 8)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("process", (0, 1))
+def test_sigterm_to_one_of_two_stops_both_at_one_step(data, tmp_path, process):
+  workdir = tmp_path / "run"
+  pair = runs.start(data, workdir, "--config.steps=1000000", "--config.save_every=1000000", **pod(2))
+  runs.until(begun(workdir), pair)
+  os.kill(pids(workdir)[process], signal.SIGTERM)
+  assert pair.wait(timeout=60) == 75
+  assert runs.said(workdir).count("exited with 75") == 2
+  step = saved.steps(workdir)
+  assert len(step) == 1 and f"stopped at step {step[0]}, saved" in runs.said(workdir)
+  assert runs.run(data, workdir, f"--config.steps={step[0] + 1}")[0] == 0  # and one goes on alone
+
+
+def test_the_survivor_of_a_kill_ends_within_the_heartbeat_and_the_pair_goes_on(data, tmp_path):
+  workdir, many = tmp_path / "run", ("--config.steps=3000", "--config.save_every=20", QUICK)
+  pair = runs.start(data, workdir, *many, **pod(2))
+  runs.until(runs.saved_beyond(workdir, 0), pair)
+  began = time.monotonic()
+  os.kill(pids(workdir)[1], signal.SIGKILL)
+  assert pair.wait(timeout=90) == 137
+  seconds = time.monotonic() - began
+  print(f"\nthe survivor ended after {seconds:.1f} s")
+  assert seconds < 40
+  left = saved.steps(workdir)[-1]
+  code, said = runs.run(data, workdir, f"--config.steps={left + 2}", QUICK, **pod(2))
+  assert code == 0 and f"resumed from {workdir}/checkpoints/{left}\n" in said
+
+
+def test_one_of_two_that_stands_still_ends_both_by_the_watchdog(data, tmp_path):
+  workdir = tmp_path / "run"
+  pair = runs.start(data, workdir, "--config.steps=1000000", "--config.save_every=1000000",
+                    "--config.guard.hang_seconds=5", "--config.guard.heartbeat_seconds=60", **pod(2))
+  runs.until(begun(workdir), pair)
+  os.kill(pids(workdir)[1], signal.SIGSTOP)
+  try:
+    runs.until(lambda: "hang: a step has lasted longer" in runs.said(workdir), seconds=60)
+    assert (workdir / "stacks-0.txt").read_text().count("Thread 0x") > 1
+  finally:
+    os.kill(pids(workdir)[1], signal.SIGCONT)
+  assert pair.wait(timeout=90) == 76

@@ -1,0 +1,88 @@
+"""What the seconds of a run went to, over all its starts: WORKDIR/ledger.jsonl, one JSON object a line.
+
+A start writes {"start": when its process began, "step": where it goes on} first, then, whenever
+metrics are logged, the seconds by kind since the last line. Lines are only ever added, so steps that
+a crash lost stay in it: they are those beyond the step at which the next start went on. Goodput is
+the share of the time from the first start to the last line that was spent in steps which counted.
+"""
+
+import collections
+import contextlib
+import json
+import pathlib
+import time
+
+import jax
+
+from tiny_aya_jax import run
+from tiny_aya_jax.train import metrics
+
+KINDS = ("init", "compile", "restore", "data", "step", "save", "evaluate")
+REDONE = ("data", "step", "save", "evaluate")  # what a start does that the next may do again
+
+
+class Ledger:
+  """One start of a run. `with ledger.spent("data"): ...`, then `write(step)`; process 0 writes."""
+
+  def __init__(self, workdir):
+    self.path, self.seconds = pathlib.Path(workdir) / "ledger.jsonl", collections.Counter()
+    self.open = jax.process_index() == 0
+
+  @contextlib.contextmanager
+  def spent(self, kind):
+    """Adds the seconds within to `kind`."""
+    began = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[kind] += time.monotonic() - began
+
+  def begin(self, step):
+    """The first line; what no kind has of the seconds since the process began is `init`."""
+    self.seconds["init"] += time.time() - run.BEGAN - sum(self.seconds.values())
+    self._append(dict(start=run.BEGAN, step=step))
+
+  def write(self, step, **facts):
+    """The seconds since the last line, up to `step`."""
+    self._append(dict(step=step) | facts)
+
+  def _append(self, row):
+    row |= dict(time=time.time(), seconds={kind: round(s, 4) for kind, s in self.seconds.items()})
+    self.seconds.clear()
+    if self.open:
+      torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+      with open(self.path, "a", encoding="utf-8") as file:
+        file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+
+
+def summary(workdir):
+  """{kind: seconds, "lost", "down", "total", "goodput", "starts"} of a workdir's ledger.
+
+  lost: steps that were done again. down: from a start's last line to the next start, so with what
+  it had done and not yet written.
+  """
+  starts = []
+  for row in metrics.read(pathlib.Path(workdir) / "ledger.jsonl"):
+    if "start" in row:
+      starts.append([])
+    if starts:
+      starts[-1].append(row)
+  spent = collections.Counter(dict.fromkeys((*KINDS, "lost", "down"), 0.0))
+  for rows, following in zip(starts, [*starts[1:], None]):
+    for row in rows:
+      again = following and row["step"] > following[0]["step"]
+      for kind, seconds in row["seconds"].items():
+        spent["lost" if again and kind in REDONE else kind] += seconds
+    if following:
+      spent["down"] += max(following[0]["start"] - rows[-1]["time"], 0)
+  total = sum(spent.values())
+  return dict(spent) | dict(total=total, goodput=spent["step"] / total if total else 0.0,
+                            starts=len(starts))
+
+
+def said(workdir):
+  """The summary in a line."""
+  found = summary(workdir)
+  parts = ", ".join(f"{kind} {found[kind]:.1f}" for kind in (*KINDS, "lost", "down") if found[kind] > 0.05)
+  return (f"goodput {found['goodput']:.0%} of {found['total']:.1f} s in {found['starts']} starts "
+          f"(seconds: {parts})")
