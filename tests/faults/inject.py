@@ -179,24 +179,15 @@ def error(step):
   _batches(change)
 
 
-def file_size(bytes):
-  """No file may grow beyond this: writing more fails, as on a full disk."""
-  import resource
-  import signal
-
-  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (int(bytes), resource.RLIM_INFINITY))
-
-
 def full_until(step):
-  """Files may not grow until this step was read; then there is room again."""
+  """No file may grow from the third step on until this one is read: writing fails as on a full disk."""
   import resource
   import signal
 
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
   def change(at, _):
-    if at == 2:
+    if 2 <= at < int(step):
       resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     if at == int(step):
       resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -225,7 +216,7 @@ def dies_evaluating(number):
 
 
 FAULTS = {function.__name__: function for function in (
-    not_finite, spike, hang, slow_compile, die, no_memory, slow_save, error, file_size, full_until,
+    not_finite, spike, hang, slow_compile, die, no_memory, slow_save, error, full_until,
     dies_evaluating)}
 
 if __name__ == "__main__":

@@ -21,18 +21,26 @@ def environment(devices=1):
       XLA_FLAGS=" ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]))
 
 
-def start(data, workdir, *more, faults=(), devices=1, command=None):
+def start(data, workdir, *more, faults=(), devices=1, command=None, out=None):
   """A run in another process; its output goes to WORKDIR.log, added to what is there."""
-  words = command or [sys.executable, str(HERE / "inject.py"), *faults, "--"]
-  log = open(f"{workdir}.log", "a", encoding="utf-8")
-  return subprocess.Popen([*words, *arguments(data, workdir, *more)], cwd=ROOT, stdout=log,
-                          stderr=subprocess.STDOUT, env=environment(devices))
+  out = out or open(f"{workdir}.log", "a", encoding="utf-8")
+  return subprocess.Popen(words(data, workdir, *more, faults=faults, command=command), cwd=ROOT,
+                          stdout=out, stderr=subprocess.STDOUT, env=environment(devices))
+
+
+def words(data, workdir, *more, faults=(), command=None):
+  """The command line of a run."""
+  injected = [sys.executable, str(HERE / "inject.py"), *faults, "--"]
+  return [*(command or injected), *arguments(data, workdir, *more)]
 
 
 def run(data, workdir, *more, timeout=240, **options):
   """The exit code of a run, and all that runs of this workdir have said."""
-  code = start(data, workdir, *more, **options).wait(timeout=timeout)
-  return code, said(workdir)
+  process = start(data, workdir, *more, out=subprocess.PIPE, **options)  # a full disk takes no log
+  output, _ = process.communicate(timeout=timeout)
+  with open(f"{workdir}.log", "ab") as log:
+    log.write(output)
+  return process.returncode, said(workdir)
 
 
 def said(workdir):

@@ -8,7 +8,6 @@ the share of the time from the first start to the last line that was spent in st
 
 import collections
 import contextlib
-import json
 import pathlib
 import time
 
@@ -25,8 +24,9 @@ class Ledger:
   """One start of a run. `with ledger.spent("data"): ...`, then `write(step)`; process 0 writes."""
 
   def __init__(self, workdir):
-    self.path, self.seconds = pathlib.Path(workdir) / "ledger.jsonl", collections.Counter()
-    self.open = jax.process_index() == 0
+    self.seconds = collections.Counter()
+    first = jax.process_index() == 0
+    self.lines = metrics.Lines(pathlib.Path(workdir) / "ledger.jsonl") if first else None
 
   @contextlib.contextmanager
   def spent(self, kind):
@@ -42,17 +42,15 @@ class Ledger:
     self.seconds["init"] += time.time() - run.BEGAN - sum(self.seconds.values())
     self._append(dict(start=run.BEGAN, step=step))
 
-  def write(self, step, **facts):
+  def write(self, step):
     """The seconds since the last line, up to `step`."""
-    self._append(dict(step=step) | facts)
+    self._append(dict(step=step))
 
   def _append(self, row):
     row |= dict(time=time.time(), seconds={kind: round(s, 4) for kind, s in self.seconds.items()})
     self.seconds.clear()
-    if self.open:
-      torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-      with open(self.path, "a", encoding="utf-8") as file:
-        file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+    if self.lines:
+      self.lines.write(row)
 
 
 def summary(workdir):

@@ -2,6 +2,7 @@
 
 Readers meet each step once: on resume, lines after the restored step are dropped, and a line torn by
 a crash with them; a run that begins drops them all. Process 0 writes. NaN and infinity are written as null.
+A disk that is full costs no step: lines wait for room.
 """
 
 import json
@@ -14,11 +15,38 @@ import jax
 from tiny_aya_jax import run
 
 
+class Lines:
+  """write(row) appends a line of JSON to a file at once, or keeps it until it can."""
+
+  def __init__(self, path):
+    self.path = pathlib.Path(path)
+    torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+    self.file = open(self.path, "ab", buffering=0)
+    self.waiting = b"\n" if torn and self.path.stat().st_size else b""
+    self.failed = False
+
+  def write(self, row):
+    self.waiting += (json.dumps(_finite(row), ensure_ascii=False) + "\n").encode()
+    try:
+      while self.waiting:
+        self.waiting = self.waiting[self.file.write(self.waiting):]
+      self.failed = False
+    except OSError as error:
+      if not self.failed:
+        run.say(f"{self.path} cannot be written to ({error.strerror}): its lines wait")
+      self.failed = True
+
+  def close(self):
+    """Flushes to disk."""
+    os.fsync(self.file.fileno())
+    self.file.close()
+
+
 class Writer:
-  """write({"step": 3, "loss": 2.5, "languages": {...}}): appended and flushed at once."""
+  """write({"step": 3, "loss": 2.5, "languages": {...}}): appended at once."""
 
   def __init__(self, workdir, first_step, resumed):
-    self.board = self.file = None
+    self.board = self.lines = None
     if jax.process_index():
       return
     path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -26,11 +54,13 @@ class Writer:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)
-    self.file = open(path, "a", encoding="utf-8")
+    self.lines = Lines(path)
     try:
       import tensorboardX
 
+      # Its thread ends when it cannot write; a queue with an end would then stop this one.
       self.board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"),
+                                              max_queue=1 << 30,
                                               purge_step=first_step + 1 if kept else first_step)
     except ImportError:
       pass
@@ -38,20 +68,27 @@ class Writer:
 
   def write(self, row):
     """Appends one row; every number in it, nested or not, goes to TensorBoard too."""
-    if self.file is None:
+    if self.lines is None:
       return
-    self.file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
-    self.file.flush()
-    if self.board:
+    self.lines.write(row)
+    if self.board and self._board_works():
       for name, value in _scalars(row):
         self.board.add_scalar(name, value, row["step"])
 
+  def _board_works(self):
+    events = self.board.file_writer.event_writer
+    if events._worker.is_alive():
+      return True
+    events._event_queue.cancel_join_thread()  # else the process would wait for it at its end
+    self.board = None
+    run.say("TensorBoard cannot be written to: off until the next start")
+    return False
+
   def close(self):
     """Flushes to disk."""
-    if self.file is not None:
-      os.fsync(self.file.fileno())
-      self.file.close()
-    if self.board:
+    if self.lines is not None:
+      self.lines.close()
+    if self.board and self._board_works():
       self.board.close()
 
 

@@ -15,17 +15,21 @@ from tiny_aya_jax.train import checkpoint, saved
 
 
 class Saver:
-  """start(step, items), then failed() at every step, and finish() at the end."""
+  """start(step, items), then failed() at every step, and finish() at the end.
+
+  As a context it waits, also after an error, for a save that is being written.
+  """
 
   def __init__(self, workdir, keep, guard, dog):
     self.workdir, self.keep, self.guard, self.dog = workdir, keep, guard, dog
     self.running, self.failures, self.again = None, 0, False
-    if jax.process_index() == 0:
-      checkpoint.sweep(workdir)
+    self._sweep()
 
   def start(self, step, items):
     """Starts to save `step`; waits for the save before it, if that is still being written."""
     self._collect()
+    if self.failures:
+      self._sweep()  # the threads of a failed save may have gone on writing for a moment
     try:
       wait = checkpoint.begin(self.workdir, step, items, seconds=self.guard.save_seconds)
     except Exception as error:
@@ -50,9 +54,18 @@ class Saver:
       self.start(step, items)
       self._collect()
 
-  def close(self):
-    """Waits for a save that is being written."""
-    self._collect()
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self.running:
+      self.running.thread.join()
+      self.running.unwatch()
+    self._sweep()
+
+  def _sweep(self):
+    if jax.process_index() == 0:
+      checkpoint.sweep(self.workdir)
 
   def _collect(self):
     running, self.running = self.running, None
@@ -66,8 +79,7 @@ class Saver:
 
   def _failed(self, step, error):
     self.failures += 1
-    if jax.process_index() == 0:
-      checkpoint.sweep(self.workdir)
+    self._sweep()
     steps = saved.steps(self.workdir)
     run.say(f"the save of step {step} failed, {self.failures} of {self.guard.failed_saves} in a row, the "
             f"newest checkpoint is {steps[-1] if steps else 'none'}: {' '.join(str(error).split())[:300]}")

@@ -45,7 +45,10 @@ def main(config, workdir, plan, validation, tokenizer):
     with spent.spent("restore"):
       begin, state = start.newest(config, workdir, plan, mesh, tokenizer)
     plan = begin.plan
-    _record(config, workdir, mesh, model, state, tokenizer)
+    try:
+      _record(config, workdir, mesh, model, state, tokenizer)
+    except OSError as error:
+      raise _unwritable(workdir, error) from None
     rows = loader.Loader(plan, config.data.seed, config.data.batch, axes.process_part(mesh))
     sources = [source["name"] for source in plan["sources"]]
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
@@ -61,17 +64,22 @@ def main(config, workdir, plan, validation, tokenizer):
     )
     spent.begin(int(state["step"]))
     try:
-      with contextlib.closing(watchdog.Watchdog(workdir, config.guard.hang_seconds)) as dog:
-        return _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent, dog)
+      with (contextlib.closing(watchdog.Watchdog(workdir, config.guard.hang_seconds)) as dog,
+            savers.Saver(workdir, config.keep, config.guard, dog) as saver):
+        code = _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent,
+                     dog, saver)
+      if code == run.EXIT["not_finite"]:
+        _distrust(workdir)
+      return code
     finally:
       run.say(ledger.said(workdir))
 
 
-def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent, dog):
+def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent, dog,
+          saver):
   first, start = int(state["step"]), meta["start"]
   last = start + config.steps
   writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
-  saver = savers.Saver(workdir, config.keep, config.guard, dog)
   since = time.monotonic()
   reports = []  # of the steps since the last line; on the devices until then
   before = None  # the report of the step before
@@ -158,7 +166,9 @@ def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, 
       log(done)
       reports, since = [], time.monotonic()
     if not_finite >= config.guard.not_finite:
-      return _not_finite(workdir, writer, saver, done, not_finite)
+      run.say(f"loss or gradient was not finite {not_finite} steps in a row, up to {done}: none applied")
+      writer.close()
+      return run.EXIT["not_finite"]
     if saving:
       with spent.spent("save"):
         saver.start(done, items(done))
@@ -190,17 +200,14 @@ def _skipped(writer, rows, done, why, loss, grad_norm):
           f"{ids[-1]} (all in metrics.jsonl)")
 
 
-def _not_finite(workdir, writer, saver, done, count):
-  """Ends a run that goes nowhere. What repeats is not in the rows: an older state may be sound."""
-  saver.close()
-  steps, said = saved.steps(workdir), "the only checkpoint stays"
-  if len(steps) > 1:
-    if jax.process_index() == 0:
-      saved.set_aside(saved.find(workdir), "suspect")
-    said = f"{steps[-1]} is set aside as suspect, the next start goes on from {steps[-2]}"
-  run.say(f"loss or gradient was not finite {count} steps in a row, up to {done}, none applied: {said}")
-  writer.close()
-  return run.EXIT["not_finite"]
+def _distrust(workdir):
+  """Sets the newest checkpoint aside, if there is another: the rows changed and it stayed as bad."""
+  *older, newest = saved.steps(workdir)[-2:] or [None]
+  if not older:
+    return
+  if jax.process_index() == 0:
+    saved.set_aside(saved.find(workdir), "suspect")
+  run.say(f"{newest} is set aside as suspect, the next start goes on from {older[0]}")
 
 
 def _within_memory(config, call, *arguments):
@@ -282,7 +289,7 @@ def _lock(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(workdir / "lock", "a")
   except OSError as error:
-    raise run.Refused(f"{workdir} cannot be written to ({error.strerror}): give another --workdir") from None
+    raise _unwritable(workdir, error) from None
   with file:
     try:
       if jax.process_index() == 0:
@@ -292,6 +299,11 @@ def _lock(workdir):
           f"another run holds {workdir}: stop it, or use another --workdir"
       ) from None
     yield
+
+
+def _unwritable(workdir, error):
+  return run.Refused(f"{workdir} cannot be written to ({error.strerror}): make room, or give another "
+                     "--workdir")
 
 
 def _stop_signal():
