@@ -21,7 +21,7 @@ def join(heartbeat_seconds):
   given = [name for name in NAMES if os.environ.get(name)]
   if given and len(given) < len(NAMES):
     raise run.Refused(f"{', '.join(given)} is set, expected all of {', '.join(NAMES)} or none")
-  slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+  slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ
   if not (given or slurm or _on_tpu()):
     return
   # SIGTERM is counted in the step, with the clock of stop_after (train/step.py).

@@ -194,3 +194,19 @@ def test_readers_survive_torn_and_empty_files_and_a_clock_that_went_back(data, t
   (workdir / "metrics.jsonl").write_text("")
   assert runs.run(data, workdir, "--config.steps=8")[0] == 0
   assert list(runs.losses(workdir)) == [8]
+
+
+def test_a_run_needs_no_network_and_writes_no_secret(data, tmp_path, monkeypatch):
+  alone = ["unshare", "--net"]
+  if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+    pytest.skip("cannot take the network away here")
+  secrets = {name: f"not-for-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "JUDGE_API_KEY")}
+  for name, value in secrets.items():
+    monkeypatch.setenv(name, value)
+  code, said = runs.run(data, tmp_path / "run", "--config.steps=4",
+                        command=[*alone, *runs.words(data, "")[:3]])
+  assert code == 0
+  written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
+  assert len(written) > 10
+  assert not [value for value in secrets.values() for text in written if value.encode() in text]
+  assert "not-for" not in said
