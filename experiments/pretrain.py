@@ -62,6 +62,7 @@ def get_config(variant="full"):
   c.evaluate_every = 5000
   c.save_every = 1000
   c.keep = 2  # checkpoints
+  c.export_every = config_dict.placeholder(int)  # steps: also WORKDIR/huggingface/<step>, bfloat16
   c.init_from = config_dict.placeholder(str)  # a workdir, a checkpoint or a Hugging Face folder
   c.init_what = "params"  # or "state": fork moments, step and data counters
   c.stop_after = config_dict.placeholder(int)  # seconds of the process, then save and exit 75

@@ -43,3 +43,10 @@ def agreed(yes):
   if jax.process_count() == 1:
     return yes
   return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+
+
+def gathered(tree):
+  """Whole arrays in the memory of every host, of arrays that lie on the devices of all."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)

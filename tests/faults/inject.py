@@ -196,6 +196,18 @@ def full_until(step):
   _batches(change)
 
 
+def dies_exporting(_):
+  """The process ends when half of a Hugging Face folder is written."""
+  from tiny_aya_jax.export import huggingface
+
+  def end(*_):
+    time.sleep(3)  # the save that began before it is committed
+    _happened("killed in an export")
+    os._exit(9)
+
+  huggingface.config_out = end
+
+
 def dies_evaluating(number):
   """The process ends in its evaluation of this number, counted from 1."""
   from tiny_aya_jax.model import bits
@@ -217,7 +229,7 @@ def dies_evaluating(number):
 
 FAULTS = {function.__name__: function for function in (
     not_finite, spike, hang, slow_compile, die, no_memory, slow_save, error, full_until,
-    dies_evaluating)}
+    dies_evaluating, dies_exporting)}
 
 if __name__ == "__main__":
   main(sys.argv[1:])

@@ -4,9 +4,13 @@ import random
 import signal
 import time
 
+import jax
+import ml_dtypes
+import numpy as np
 import pytest
 
 import runs
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import checkpoint, saved
 
 KILLS = 100 if runs.FULL else 5
@@ -67,3 +71,17 @@ def test_an_evaluation_that_was_killed_runs_again_once(data, tmp_path):
   rows = [row["step"] for row in runs.metrics.read(tmp_path / "run" / "metrics.jsonl")
           if "evaluation" in row]
   assert rows == [0, 4, 8]
+
+
+def test_an_export_that_was_killed_runs_again_and_leaves_no_half(data, tmp_path):
+  more = "--config.steps=8", "--config.export_every=4"
+  folder = tmp_path / "run" / "huggingface"
+  assert runs.run(data, tmp_path / "run", *more, faults=["dies_exporting="])[0] == 9
+  assert saved.steps(tmp_path / "run") == [4] and not (folder / "4").exists()
+  code, said = runs.run(data, tmp_path / "run", *more)
+  assert code == 0 and said.count("exported step 4") == said.count("exported step 8") == 1
+  assert sorted(path.name for path in folder.iterdir()) == ["4", "8"]
+  params, _ = huggingface.read(folder / "8")
+  trained, _ = checkpoint.restore_params(tmp_path / "run")
+  for ours, theirs in zip(jax.tree.leaves(trained), jax.tree.leaves(params)):
+    np.testing.assert_array_equal(np.asarray(ours).astype(ml_dtypes.bfloat16).astype(np.float32), theirs)

@@ -39,8 +39,8 @@ def one(data, tmp_path_factory):
 
 
 def test_two_processes_do_what_one_does(data, one, tmp_path):
-  more = f"--config.data.validation={data / 'rows/validation'}"
-  code, said = runs.run(data, tmp_path / "two", STEPS, more, **pod(2))
+  more = f"--config.data.validation={data / 'rows/validation'}", "--config.export_every=8"
+  code, said = runs.run(data, tmp_path / "two", STEPS, *more, **pod(2))
   assert code == 0 and "mesh {'data': 1, 'fsdp': 2" in said
   assert runs.end(tmp_path / "two")[3:] == runs.end(one)[3:]  # plan and position
   ours, theirs = runs.losses(tmp_path / "two"), runs.losses(one)
@@ -50,8 +50,8 @@ def test_two_processes_do_what_one_does(data, one, tmp_path):
                   if "evaluation" in row] for workdir in (one, tmp_path / "two")]
   assert len(evaluations[0]) == 2
   np.testing.assert_allclose(*evaluations, rtol=1e-6)
-  bits = runs.end(tmp_path / "two")[1] == runs.end(one)[1]
-  print(f"\nfingerprints of two processes equal those of one: {bits}")
+  assert runs.end(tmp_path / "two") == runs.end(one)  # on one mesh, the same bits
+  assert (tmp_path / "two" / "huggingface" / "8" / "model.safetensors").exists()
 
 
 def test_a_run_goes_on_with_any_number_of_processes(data, one, tmp_path):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from tiny_aya_jax import processes, run
+from tiny_aya_jax import processes
 from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")

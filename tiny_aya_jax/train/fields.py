@@ -39,6 +39,11 @@ def _fields(config):
                       "deviations make a spike; 'inf' applies every finite update")
   if config.show is not None and config.show < 1:
     raise run.Refused(f"config.show is {config.show} rows, expected at least 1")
+  if config.export_every is not None and config.export_every < 1:
+    raise run.Refused(f"config.export_every is {config.export_every} steps, expected at least 1")
+  if config.export_every and not run.installed("safetensors"):
+    raise run.Refused("config.export_every needs the safetensors package: "
+                      "pip install 'tiny_aya_jax[export]'")
   if config.stop_after is not None and config.stop_after < 1:
     raise run.Refused(f"config.stop_after is {config.stop_after} seconds, expected at least 1")
   profile = tuple(config.profile)

@@ -16,8 +16,8 @@ import jax
 from tiny_aya_jax import run
 from tiny_aya_jax.train import metrics
 
-KINDS = ("init", "compile", "restore", "data", "step", "save", "evaluate")
-REDONE = ("data", "step", "save", "evaluate")  # what a start does that the next may do again
+KINDS = ("init", "compile", "restore", "data", "step", "save", "evaluate", "export")
+REDONE = ("data", "step", "save", "evaluate", "export")  # what a start does that the next may do again
 
 
 class Ledger:

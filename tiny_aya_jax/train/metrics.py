@@ -11,8 +11,10 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 
 from tiny_aya_jax import run
+from tiny_aya_jax.train import guard
 
 
 class Lines:
@@ -108,6 +110,42 @@ def evaluated(workdir, step):
   """Whether the metrics of a workdir hold an evaluation at `step`."""
   rows = read(pathlib.Path(workdir) / "metrics.jsonl")
   return any("evaluation" in row and row["step"] == step for row in rows)
+
+
+def window(sources, *reports):
+  """Reports of consecutive steps (step.train_step) -> (what a line says of them, skipped).
+
+  One mean, over tokens; a step that was not finite is in none. skipped: (index, why, loss, grad_norm)
+  of each step whose update was not applied.
+  """
+  found = jax.tree.map(lambda *values: np.stack(values), *reports)
+  skipped = [(index, guard.SAID[verdict], float(found["loss"][index]), float(found["grad_norm"][index]))
+             for index, verdict in enumerate(found["verdict"].tolist()) if verdict]
+  finite = found["verdict"] != guard.NOT_FINITE
+  loss, grad_norm, tokens, nats_S, tokens_S = (
+      found[name][finite].astype(np.float64) for name in ("loss", "grad_norm", "tokens", "nats_S", "tokens_S"))
+  mean = loss @ tokens / max(tokens.sum(), 1) if len(loss) else math.nan
+  return dict(
+      loss=float(mean), grad_norm=float(grad_norm.mean()) if len(loss) else math.nan,
+      tokens=float(tokens.sum()), skipped=len(skipped),
+      languages=_by_language(sources, nats_S.sum(0), tokens_S.sum(0)),
+  ), skipped
+
+
+def _by_language(sources, nats_S, tokens_S):
+  languages = {}
+  for name, nats, tokens in zip(sources, nats_S.tolist(), tokens_S.tolist()):
+    entry = languages.setdefault(name.split("/")[0], [0.0, 0.0])
+    entry[0], entry[1] = entry[0] + nats, entry[1] + tokens
+  return {language: dict(loss=nats / tokens, tokens=tokens)
+          for language, (nats, tokens) in languages.items() if tokens}
+
+
+def extremes(languages):
+  """The best and the worst language, in words."""
+  order = sorted(languages, key=lambda language: languages[language]["loss"])
+  shown = [order[0], order[-1]] if len(order) > 1 else order
+  return "  ".join(f"{language} {languages[language]['loss']:.2f}" for language in shown)
 
 
 def _finite(value):

@@ -8,7 +8,6 @@ checkpoint; else `init_from`; else scratch. Exit codes: run.EXIT.
 import contextlib
 import fcntl
 import functools
-import math
 import os
 import signal
 import sys
@@ -19,9 +18,9 @@ import numpy as np
 
 from tiny_aya_jax import axes, chips, processes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.model import attention, bits
+from tiny_aya_jax.model import attention
 from tiny_aya_jax.train import (
-    begin as begins, fields, guard, ledger, metrics, optimizer, proof, saved, saver as savers, start,
+    begin as begins, fields, guard, hooks, ledger, metrics, optimizer, proof, saved, saver as savers, start,
     step, watchdog
 )
 
@@ -50,14 +49,14 @@ def main(config, workdir, plan, validation, tokenizer):
     except OSError as error:
       raise _unwritable(workdir, error) from None
     rows = loader.Loader(plan, config.data.seed, config.data.batch, axes.process_part(mesh))
-    sources = [source["name"] for source in plan["sources"]]
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
     if not saved.steps(workdir):
       run.say("\n".join(mixture.table(plan, (begin.start + config.steps) * config.data.batch)))
     with spent.spent("compile"):
       proof.check_attention(config, mesh)
-      advance = _within_memory(config, proof.program, config, mesh, rate, len(sources))
-    evaluate = _evaluator(config, mesh, model, validation, tokenizer)
+      advance = _within_memory(config, proof.program, config, mesh, rate, len(plan["sources"]))
+    after = [hooks.evaluation(config, workdir, mesh, model, validation, tokenizer)] if validation else []
+    after += [hooks.export(config, workdir, tokenizer)] if config.export_every else []
     meta = dict(
         model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
         start=begin.start, steps=config.steps, origin=begin.origin, run=begins.facts(config),
@@ -66,8 +65,7 @@ def main(config, workdir, plan, validation, tokenizer):
     try:
       with (contextlib.closing(watchdog.Watchdog(workdir, config.guard.hang_seconds)) as dog,
             savers.Saver(workdir, config.keep, config.guard, dog) as saver):
-        code = _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent,
-                     dog, saver)
+        code = _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent, dog, saver)
       if code == run.EXIT["not_finite"]:
         _distrust(workdir)
       return code
@@ -75,11 +73,11 @@ def main(config, workdir, plan, validation, tokenizer):
       run.say(ledger.said(workdir))
 
 
-def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, meta, spent, dog,
-          saver):
+def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent, dog, saver):
   first, start = int(state["step"]), meta["start"]
   last = start + config.steps
   writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
+  sources = [source["name"] for source in rows.plan["sources"]]
   since = time.monotonic()
   reports = []  # of the steps since the last line; on the devices until then
   before = None  # the report of the step before
@@ -92,48 +90,33 @@ def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, 
 
   def log(at):
     """Writes and prints the steps since the last line."""
-    window = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(reports))
-    for verdict, loss, grad_norm, done in zip(
-        *(window[name].tolist() for name in ("verdict", "loss", "grad_norm")),
-        range(at - len(reports) + 1, at + 1)):
-      if verdict:
-        _skipped(writer, rows, done, guard.SAID[verdict], loss, grad_norm)
-    finite = window["verdict"] != guard.NOT_FINITE
-    sums = {name: np.where(finite.reshape(-1, *(1,) * (window[name].ndim - 1)), window[name], 0)
-            for name in ("loss", "tokens", "grad_norm", "nats_S", "tokens_S")}
-    tokens = float(sums["tokens"].sum())
-    loss = float((sums["loss"] * sums["tokens"]).sum() / max(tokens, 1))  # one mean, over tokens
-    grad_norm = float(sums["grad_norm"].sum() / max(finite.sum(), 1))
-    if not finite.any():
-      loss = grad_norm = math.nan
-    languages = _by_language(sources, sums["nats_S"].sum(0), sums["tokens_S"].sum(0))
+    found, skipped = metrics.window(sources, *jax.device_get(reports))
+    for index, why, loss, grad_norm in skipped:
+      _skipped(writer, rows, at - len(reports) + 1 + index, why, loss, grad_norm)
     speed = len(reports) * config.data.batch * config.data.T / (time.monotonic() - since)
-    writer.write(dict(
-        step=at, loss=loss, grad_norm=grad_norm, learning_rate=float(rate(at - 1)),
-        tokens=tokens, tokens_per_second=speed, skipped=int((window["verdict"] > 0).sum()),
-        seconds=time.time() - run.BEGAN, languages=languages,
-    ))
+    writer.write(dict(step=at) | found | dict(
+        learning_rate=float(rate(at - 1)), tokens_per_second=speed, seconds=time.time() - run.BEGAN))
     run.say(
-        f"step {at - start}/{config.steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr "
-        f"{float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s  {_extremes(languages)}"
+        f"step {at - start}/{config.steps}  loss {found['loss']:.4f}  grad norm {found['grad_norm']:.2f}  "
+        f"lr {float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s  {metrics.extremes(found['languages'])}"
     )
     spent.write(at)
 
-  def assess(at):
-    """The evaluation of a step, once: a start finds the one that it has, or makes up for it."""
-    if evaluate is None or not _due(config, start, at):
-      return
-    if not processes.agreed(jax.process_index() > 0 or not metrics.evaluated(workdir, at)):
-      return
-    with dog.watch("an evaluation"), spent.spent("evaluate"):
-      found = evaluate(state["params"])
-    summary = bits.summary(found)
-    writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
-                  "summary": summary})
-    run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
-        **summary))
+  def follow(at):
+    """What is due after a step, once: a start finds what is done, and makes up for what is not.
 
-  assess(first)
+    Returns whether there was anything.
+    """
+    did = False
+    for name, due, done, do in after:
+      # Process 0 answers for all: the others may see a file later.
+      if due(start, at) and processes.agreed(jax.process_index() > 0 or not done(at)):
+        with dog.watch(name), spent.spent(name):
+          do(writer, at, state["params"])
+        did = True
+    return did
+
+  follow(first)
   since = time.monotonic()
   slow = False  # whether it was said that the kernel leaves some rows to another
   batches = rows.batches(first, config.data.threads, config.data.prefetch)
@@ -172,12 +155,11 @@ def _loop(config, workdir, mesh, advance, evaluate, rows, sources, rate, state, 
     if saving:
       with spent.spent("save"):
         saver.start(done, items(done))
-    if done == last or not ended:
-      assess(done)
+    followed = (done == last or not ended) and follow(done)
     if ended:
       with spent.spent("save"):
         saver.finish(done, items(done))
-    if saving:
+    if saving or followed:
       since = time.monotonic()
     if ended:
       break
@@ -222,40 +204,6 @@ def _within_memory(config, call, *arguments):
         f"config.accumulate above {config.accumulate}, another config.remat than {config.remat!r}, or "
         "more devices of config.mesh.fsdp; tiny-aya plan says what fits"
     ) from error
-
-
-def _due(config, start, at):
-  return at == start + config.steps or (at - start) % config.evaluate_every == 0
-
-
-def _evaluator(config, mesh, model, validation, tokenizer):
-  """params -> bits per byte per language of the validation rows; None without any."""
-  if not validation:
-    return None
-  languages = [manifest["language"] for manifest in validation]
-  score = bits.scorer(model, tokenizer.bytes_V, len(languages), chunk=config.loss.chunk)
-
-  def evaluate(params):
-    rows = config.data.batch // config.accumulate  # at once: what fits when training fits here
-    batches = loader.every_row_once(validation, rows, axes.process_part(mesh))
-    return bits.evaluate(score, params, batches, mesh, languages)
-
-  return evaluate
-
-
-def _by_language(sources, nats_S, tokens_S):
-  languages = {}
-  for name, nats, tokens in zip(sources, nats_S.tolist(), tokens_S.tolist()):
-    entry = languages.setdefault(name.split("/")[0], [0.0, 0.0])
-    entry[0], entry[1] = entry[0] + nats, entry[1] + tokens
-  return {language: dict(loss=nats / tokens, tokens=tokens)
-          for language, (nats, tokens) in languages.items() if tokens}
-
-
-def _extremes(languages):
-  order = sorted(languages, key=lambda language: languages[language]["loss"])
-  shown = [order[0], order[-1]] if len(order) > 1 else order
-  return "  ".join(f"{language} {languages[language]['loss']:.2f}" for language in shown)
 
 
 def _record(config, workdir, mesh, model, state, tokenizer):

@@ -1,0 +1,66 @@
+"""What follows a step of training: an evaluation, an export. Each is done once, whatever is killed.
+
+Whether a step's is done is read off what it leaves, a row of metrics or a folder, and off nothing else.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from tiny_aya_jax import axes, processes, run
+from tiny_aya_jax.data import loader
+from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.model import bits
+from tiny_aya_jax.train import metrics
+
+
+class Hook(NamedTuple):
+  """Work that follows a step: due(start, step), done(step) by what it left, do(writer, step, params)."""
+
+  name: str
+  due: Callable
+  done: Callable
+  do: Callable
+
+
+def evaluation(config, workdir, mesh, model, validation, tokenizer):
+  """Bits per byte per language of the validation rows, at the start, at the end and between."""
+  languages = [manifest["language"] for manifest in validation]
+  score = bits.scorer(model, tokenizer.bytes_V, len(languages), chunk=config.loss.chunk)
+
+  def evaluate(writer, at, params):
+    rows = config.data.batch // config.accumulate  # at once: what fits when training fits here
+    batches = loader.every_row_once(validation, rows, axes.process_part(mesh))
+    found = bits.evaluate(score, params, batches, mesh, languages)
+    summary = bits.summary(found)
+    writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
+                  "summary": summary})
+    run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
+        **summary))
+
+  def due(start, at):
+    return at == start + config.steps or (at - start) % config.evaluate_every == 0
+
+  return Hook("evaluate", due, functools.partial(metrics.evaluated, workdir), evaluate)
+
+
+def export(config, workdir, tokenizer):
+  """WORKDIR/huggingface/<step>, which appears when it is whole."""
+  parent = workdir / "huggingface"
+
+  def write(_, at, params):
+    whole = processes.gathered(params)
+    if jax.process_index() == 0:
+      for stale in parent.glob(".*.tmp*"):  # of an export that was killed
+        shutil.rmtree(stale)
+      huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16")
+      run.say(f"exported step {at} to {parent / str(at)}")
+    processes.agreed(True)
+
+  def due(start, at):
+    return at > start and (at - start) % config.export_every == 0
+
+  return Hook("export", due, lambda at: (parent / str(at)).exists(), write)
