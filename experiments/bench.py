@@ -67,7 +67,7 @@ def get_config(variant="train_step"):
 def pieces():
   c = config_dict()
   c.bench = "pieces"
-  c.pieces = ("attention", "loss", "block", "step", "fp8", "start")
+  c.pieces = ("attention", "loss", "block", "step", "fp8", "start", "guards")
   c.threads = 2
   c.turns = 3  # every side once a turn
   c.steps = 1  # timed a turn and side, after one that is not timed
@@ -84,7 +84,7 @@ def pieces():
   c.batch = 1
   c.losses = ("ours", "recompute tile", "materialised")
   c.remats = ("none", "minimal", "qkv", "attn", "full")
-  c.T = 1024  # of step, fp8 and start
+  c.T = 1024  # of step, fp8, start and guards
   c.batches = (4,)  # of theirs: the first that fits
   c.dtype = "float32"
   c.matmul = "dtype"

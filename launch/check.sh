@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What CI runs: installs, then every test, the tiny pipeline among them; prints the ten slowest.
 #
-#   bash launch/check.sh          in CI, 20 to 25 minutes cold on two cores
-#   bash launch/check.sh full     also Python 3.12 ($PYTHON312), and the full-size step compiled for TPUs
+#   bash launch/check.sh          in CI, under 35 minutes cold on two cores
+#   bash launch/check.sh full     also a hundred kills and a thousand flipped bits, Python 3.12
+#                                 ($PYTHON312), and the full-size step compiled for TPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh "data,export,report,track,test,parity"
@@ -13,6 +14,7 @@ else
 fi
 python -m pytest tests --durations=10 -q
 if [ "${1:-}" = full ]; then
+  FAULTS=1 python -m pytest tests/faults -q  # half an hour
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"
   # with libtpu, what compiles for a TPU is not skipped; an hour for the full-size step on ten slices
   BUDGETS=1 python -m pytest tests/test_hlo.py tests/test_proof.py tests/test_plan.py tests/test_budgets.py -q

@@ -84,6 +84,13 @@ def test_steps_of_two_processes_take_turns_agree_and_are_said_as_measured(capfd)
   assert ours < plain < said.index("losses, plain: ") < said.index("step: ours / plain ")
 
 
+def test_what_safety_costs_is_measured_against_a_step_that_differs_in_nothing_else(capfd, steps, ours):
+  bench.main(config(pieces=("guards",)))
+  said = capfd.readouterr().out
+  assert "of one that applies every update" in said and "is committed after" in said
+  assert losses(steps, "unguarded") == ours
+
+
 def test_eight_bits_move_the_first_losses_little(pieces, steps, ours):
   found = losses(steps, "fp8")
   assert found != ours

@@ -21,7 +21,7 @@ import numpy as np
 BENCHES = ("train_step", "pieces", "loader")
 SIDES = dict(eager="PyTorch eager", compile="torch.compile")
 AGREED_STEPS = 3  # 1: same forward; 2 and 3: same gradients, clipping and AdamW
-PIECES = ("attention", "loss", "block", "step", "fp8", "start")
+PIECES = ("attention", "loss", "block", "step", "fp8", "start", "guards")
 
 
 def main(config, workdir=None):

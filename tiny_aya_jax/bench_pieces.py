@@ -2,7 +2,7 @@
 
 attention, loss, block: forward and backward, in this process. Sides take turns, because on a busy
 machine only ratios within one run mean anything, and must give the same numbers first, or the
-comparison is void. step, fp8, start: whole training steps, bench_steps.py.
+comparison is void. step, fp8, start: whole training steps, bench_steps.py. guards: what safety costs.
 
   python -m tiny_aya_jax.bench_pieces FIELDS.json RESULT.json    what bench_steps.call starts
 """
@@ -13,6 +13,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 
 import jax
@@ -280,7 +281,47 @@ def start(config, deadline=None):
   return dict(cold=cold, warm=warm)
 
 
-PIECES = dict(attention=attention, loss=loss, block=block, step=step, fp8=fp8, start=start)
+def guards(config):
+  """What guards, fingerprints and saves cost, in steps; sides in this process, step by step.
+
+  -> dict(step, unguarded, fingerprints, stall, save: seconds): unguarded applies every update; stall
+  is how long a save stops training, save how long it takes until it is committed.
+  """
+  from tiny_aya_jax.train import checkpoint, saved  # the table on a GPU has no Orbax
+
+  fields = Fields(config.to_dict() | dict(data=dict(batch=config.batches[0], T=config.T)))
+  params = bench_steps._params(fields)
+  shape = config.batches[0], config.T + 1
+  token_BT = np.random.default_rng(config.seed).integers(0, config.model.V, shape, np.int32)
+  sides = {name: bench_steps.SIDES[name](fields, params)[0] for name in ("ours", "unguarded")}
+  seconds = {name: [] for name in sides}
+  for _ in range(config.turns * config.steps + 1):
+    for name, advance in sides.items():
+      seconds[name].append(bench.timed(advance, token_BT))
+  step, unguarded = (statistics.median(times[1:]) for times in seconds.values())
+  state = bench_steps._state(bench_steps._train_config(fields), jax.device_put(params))
+  trees = {name: state[name] for name in checkpoint.TREES}
+  checkpoint.fingerprints(trees["params"]), checkpoint.fingerprints(trees["optimizer"])  # compiles
+  prints = bench.timed(lambda _: [checkpoint.fingerprints(tree) for tree in trees.values()], None)
+  stalls, saves = [], []
+  with tempfile.TemporaryDirectory(prefix="bench_saves_") as folder:
+    for turn in range(config.turns + 1):
+      began = time.monotonic()
+      wait = checkpoint.begin(folder, turn, trees | dict(data={}, meta={}), seconds=600)
+      stalls.append(time.monotonic() - began)
+      wait()
+      saves.append(time.monotonic() - began)
+    assert len(saved.steps(folder)) == len(saves)
+  stall, save = statistics.median(stalls[1:]), statistics.median(saves[1:])
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+  run.say(f"guards: a step {1000 * step:.4g} ms, {step / unguarded:.4f} of one that applies every update; "
+          f"fingerprints {1000 * prints:.4g} ms, at save_every 1000 {prints / step / 1000:.3%} of the time; "
+          f"a save of {size / GIB:.3f} GiB stops training for {1000 * stall:.4g} ms, {stall / step:.2f} "
+          f"steps, and is committed after {1000 * save:.4g} ms")
+  return dict(step=step, unguarded=unguarded, fingerprints=prints, stall=stall, save=save)
+
+
+PIECES = dict(attention=attention, loss=loss, block=block, step=step, fp8=fp8, start=start, guards=guards)
 
 
 def _answer(given, result):
