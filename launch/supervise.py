@@ -4,7 +4,7 @@
 
   0 done · 65 bad config or data: never again · 75 saved: again at once · 76 hang: again, waiting longer
   each time · 77 loss not finite: again at most 3 times · anything else, 137 and -9 among them, is a
-  crash: again at most 5 times in a row, waiting longer each time
+  crash: again at most 5 times an hour of running, waiting longer each time
 
 One a host; standard library only, so that it runs before anything is installed. SIGTERM and SIGINT go
 to the command, and end this program with the command's code. A resume needs the same command and

@@ -217,8 +217,8 @@ def test_accumulation_changes_nothing(cfg, params, batch):
   for accumulate in (1, 4):
     advance = jax.jit(functools.partial(
         step.train_step, loss=loss, tx=tx, accumulate=accumulate, sources=1, sigma=6.0))
-    row_B = dict.fromkeys(("source_B", "vote_B"), np.zeros(8, np.int32))
-    after, report = advance(state, batch | row_B)
+    rest = dict(source_B=np.zeros(8, np.int32), vote_P=np.zeros(1, np.int32))
+    after, report = advance(state, batch | rest)
     gradients = jax.tree.map(jnp.subtract, state["params"], after["params"])
     results.append((report["loss"], gradients))
   assert_same(*results)  # the parts have scales of their own: powers of two, so the same roundings

@@ -53,7 +53,7 @@ def three_steps(cfg, **settings):
   losses = []
   for seed in range(3):
     batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed)
-    row_B = dict(source_B=np.array([0, 1, 0, 1], np.int32), vote_B=np.zeros(4, np.int32))
+    row_B = dict(source_B=np.array([0, 1, 0, 1], np.int32), vote_P=np.zeros(1, np.int32))
     state, report = advance(state, batch | row_B)
     losses.append(float(report["loss"]))
   return losses

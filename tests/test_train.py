@@ -16,7 +16,7 @@ from conftest import ROOT, call, command, fields
 
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.train import begin, checkpoint, guard, metrics, optimizer, saved, step, train
+from tiny_aya_jax.train import begin, checkpoint, guard, optimizer, saved, step, train
 from tiny_aya_jax.train.fields import SHAPES
 
 
@@ -43,7 +43,7 @@ def test_resuming_twice_gives_the_same_bits_as_never_stopping(data, whole, tmp_p
                     f"--config.data.prefetch={steps}", f"--config.data.threads={steps % 3 + 1}",
                     "--config.save_every=2") == 0
   assert prints(tmp_path) == prints(whole)
-  steps = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")]
+  steps = [row["step"] for row in run.read_lines(tmp_path / "metrics.jsonl")]
   assert steps == sorted(set(steps)) and steps[-1] == 8
 
 
@@ -69,7 +69,7 @@ def test_sigterm_saves_at_a_step_and_exits_75(data, tmp_path):
   arguments = command(data, tmp_path, "--config.steps=100000", "--config.save_every=100000")
   process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
   deadline = time.monotonic() + 120
-  while not (tmp_path / "metrics.jsonl").exists() or not metrics.read(tmp_path / "metrics.jsonl"):
+  while not (tmp_path / "metrics.jsonl").exists() or not run.read_lines(tmp_path / "metrics.jsonl"):
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
@@ -101,12 +101,12 @@ def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
   assert subprocess.run(arguments, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode == 75
   stopped = saved.steps(tmp_path)[-1]
   every = f"--config.evaluate_every={stopped}"  # so that the stop fell on a step that was due
-  rows = [row for row in metrics.read(tmp_path / "metrics.jsonl")
+  rows = [row for row in run.read_lines(tmp_path / "metrics.jsonl")
           if "evaluation" not in row or row["step"] != stopped]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   for _ in range(2):  # the second start finds it done
     assert pretrain(data, tmp_path, *more, every, f"--config.steps={stopped}") == 0
-  found = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl") if "evaluation" in row]
+  found = [row["step"] for row in run.read_lines(tmp_path / "metrics.jsonl") if "evaluation" in row]
   assert found.count(stopped) == 1
 
 
@@ -117,7 +117,7 @@ def test_a_part_of_a_checkpoint_is_set_aside_and_an_older_one_used(data, whole, 
   (tmp_path / "checkpoints" / "99").mkdir()
   assert saved.find(tmp_path) == newest
   assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 0
-  assert "a part of it was removed; set aside as" in capsys.readouterr().out
+  assert "99 is set aside as 99.damaged: a part of it was removed" in capsys.readouterr().out
   shutil.rmtree(newest / "optimizer")
   assert pretrain(data, tmp_path, "--config.steps=8", "--config.accumulate=2") == 0
   said = capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_a_plan_file_is_followed_and_a_changed_one_is_accepted_only_on_purpose(d
   more = (f"--config.data.plan={tmp_path / 'plan.json'}", "--config.steps=6")
   assert pretrain(data, tmp_path / "run", *more, "--config.stop_after=100000") == 0
   assert saved.data(tmp_path / "run")["plan"]["segments"] == staged["segments"]
-  losses = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "languages" in row]
+  losses = [row for row in run.read_lines(tmp_path / "run" / "metrics.jsonl") if "languages" in row]
   assert list(losses[-1]["languages"]) == ["tur_Latn"] and len(losses[0]["languages"]) == 4
   assert pretrain(data, tmp_path / "run", *more) == 0
   run.write_json(tmp_path / "plan.json", mixture.append(staged, 160, {"wol_Latn": 1.0}))
@@ -320,11 +320,11 @@ def test_a_fork_that_would_read_rows_in_another_order_is_refused(data, whole, tm
 
 
 def test_bits_per_byte_are_measured_per_language_and_fall(whole):
-  rows = [row for row in metrics.read(whole / "metrics.jsonl") if "evaluation" in row]
+  rows = [row for row in run.read_lines(whole / "metrics.jsonl") if "evaluation" in row]
   assert [row["step"] for row in rows] == [0, 8]
   assert rows[0]["evaluation"].keys() == {"deu_Latn", "tur_Latn", "hin_Deva", "wol_Latn"}
   assert rows[1]["summary"]["mean"] < rows[0]["summary"]["mean"]
-  losses = [row for row in metrics.read(whole / "metrics.jsonl") if "loss" in row]
+  losses = [row for row in run.read_lines(whole / "metrics.jsonl") if "loss" in row]
   assert sum(entry["tokens"] for entry in losses[0]["languages"].values()) == losses[0]["tokens"]
 
 
@@ -342,7 +342,7 @@ def step_inputs(cfg):
 
   batch = random_batch(cfg.V, ((7, 13), (20,), (1, 2, 9), (11, 6, 3)), 20, seed=3)
   batch["source_B"] = np.array([0, 1, 1, 2], np.int32)
-  batch["vote_B"] = np.zeros(4, np.int32)
+  batch["vote_P"] = np.zeros(1, np.int32)
   loss = functools.partial(step.next_token_loss, model=TinyAya(cfg), chunk=8, z_loss=1e-4)
   config = run.load_config(str(ROOT / "experiments/pretrain.py")).optimizer
   tx = optimizer.adamw(config, lambda step: 1e-2)
@@ -447,8 +447,8 @@ def test_fingerprints_are_the_same_on_every_mesh(cfg, params):
 def test_the_same_run_on_another_mesh_gives_the_same_loss(data, whole, tmp_path):
   assert pretrain(data, tmp_path, "--config.steps=4", "--config.accumulate=2",
                   "--config.mesh.fsdp=2", "--config.mesh.data=2", "--config.mesh.tensor=2") == 0
-  ours = [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
-  theirs = [row["loss"] for row in metrics.read(whole / "metrics.jsonl") if "loss" in row]
+  ours = [row["loss"] for row in run.read_lines(tmp_path / "metrics.jsonl") if "loss" in row]
+  theirs = [row["loss"] for row in run.read_lines(whole / "metrics.jsonl") if "loss" in row]
   np.testing.assert_allclose(ours, theirs[: len(ours)], rtol=1e-5)
 
 

@@ -34,10 +34,13 @@ def console():
   except Exception:
     traceback.print_exc()
     code = 1
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:  # a log on a full disk: Python would try again, and end with a code of its own
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
   jax = sys.modules.get("jax")
   if code not in (run.EXIT["done"], run.EXIT["preempted"]) and jax and jax.distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
   sys.exit(code)
 

@@ -3,6 +3,7 @@
   B batch   T query position   S key position   D model width   F feed-forward width   V vocabulary
   N query heads   K key/value heads   G = N/K queries per key head   H head width   L stacked periods
   M microbatch   C chosen/rejected   R adapter rank   W steps that the guard remembers
+  P devices (processors)
 
 A parameter's name carries its letters (`q_DNH` is [D, N, H]), so its sharding, and that of its
 optimiser moments, is read off the name. There is no other table of shardings. What moves between devices inside
@@ -23,7 +24,7 @@ from tiny_aya_jax import run
 AXES = ("data", "fsdp", "tensor", "context")
 PARAMETER = dict(V="tensor", D="fsdp", F="tensor", N="tensor", K="tensor")
 ACTIVATION = dict(
-    B=("data", "fsdp"), T="context", F="tensor", N="tensor", K="tensor", V="tensor"
+    B=("data", "fsdp"), T="context", F="tensor", N="tensor", K="tensor", V="tensor", P=AXES
 )
 
 
@@ -167,6 +168,12 @@ def place(mesh, batch):
     return jax.make_array_from_callback(shape, activation(mesh, name), piece)
 
   return {name: array(name, rows) for name, rows in batch.items()}
+
+
+def own(mesh, value):
+  """[P] int32: this process's value on each of its devices, beside those of the others."""
+  return jax.make_array_from_callback(
+      (mesh.size,), activation(mesh, "value_P"), lambda index: np.full(1, value, np.int32))
 
 
 def process_part(mesh):

@@ -314,5 +314,5 @@ def _batch(token_BT):
   return dict(
       token_BT=token_BT, target_BT=target_BT, segment_BT=segment_BT, position_BT=position_BT,
       weight_BT=np.ones(target_BT.shape, np.float32), source_B=np.zeros(len(token_BT), np.int32),
-      vote_B=np.zeros(len(token_BT), np.int32),
+      vote_P=np.zeros(1, np.int32),  # of one device
   )

@@ -45,6 +45,15 @@ def agreed(yes):
   return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
 
 
+def told(numbers):
+  """A list of whole numbers, as process 0 has it; all call it together."""
+  if jax.process_count() == 1:
+    return numbers
+  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+  padded = np.resize(np.array(numbers or [0], np.int32), count) if count else np.zeros(0, np.int32)
+  return multihost_utils.broadcast_one_to_all(padded).tolist() if count else []
+
+
 def gathered(tree):
   """Whole arrays in the memory of every host, of arrays that lie on the devices of all."""
   if jax.process_count() == 1:

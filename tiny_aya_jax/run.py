@@ -204,12 +204,26 @@ def write_json(path, value):
   """Writes atomically: a reader sees the old file or the new one, never half of it."""
   path = pathlib.Path(path)
   temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  with open(temporary, "w", encoding="utf-8") as file:
-    json.dump(value, file, indent=1, ensure_ascii=False)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with open(temporary, "w", encoding="utf-8") as file:
+      json.dump(value, file, indent=1, ensure_ascii=False)
+      file.write("\n")
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def read_lines(path):
+  """The rows of a file of JSON lines; one that a crash tore is left out, and no file has none."""
+  rows, path = [], pathlib.Path(path)
+  if path.exists():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+      with contextlib.suppress(json.JSONDecodeError):
+        rows.append(json.loads(line))
+  return rows
 
 
 def read_json(path, what):
@@ -276,10 +290,11 @@ def end_with():
 
 
 def say(*words):
-  """Prints one line at once; only process 0 speaks."""
+  """Prints one line at once; only process 0 speaks. A log on a full disk is no reason to end."""
   jax = sys.modules.get("jax")
   if jax is None or jax.process_index() == 0:
-    print(*words, flush=True)
+    with contextlib.suppress(OSError):
+      print(*words, flush=True)
 
 
 def progress(items, what, total=None):

@@ -18,6 +18,7 @@ from tiny_aya_jax.train import checkpoint, saved
 
 def main(path):
   path = pathlib.Path(path)
+  checkpoint.RETRY_SECONDS = 0  # what is harmed stays so
   here = checkpoint._here()
   abstract = {
       name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

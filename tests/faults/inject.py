@@ -106,6 +106,23 @@ def slow_compile(seconds):
   _wrap(proof, "program", around)
 
 
+def slow_first_evaluation(seconds):
+  """The program of the first evaluation takes so long to compile."""
+  from tiny_aya_jax.model import bits
+
+  def around(scorer):
+    def slow(*arguments, **settings):
+      score, waited = scorer(*arguments, **settings), []
+      def first(*arguments):
+        if not waited:
+          waited.append(_sleep("the compiler", float(seconds)))
+        return score(*arguments)
+      return first
+    return slow
+
+  _wrap(bits, "scorer", around)
+
+
 def die(where):
   """'STAGE:STEP': the process ends at once in the save of that step.
 
@@ -152,6 +169,38 @@ def no_memory(_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes.")
 
   proof.program = none
+
+
+def uncommitted(_):
+  """The first save fails as it is committed, which process 0 alone does."""
+  from orbax.checkpoint._src.path import atomicity
+
+  failed = []
+
+  def around(commit):
+    async def once(*arguments, **more):
+      if not failed:
+        failed.append(1)
+        _happened("no commit")
+        raise OSError(28, "No space left on device")
+      return await commit(*arguments, **more)
+    return once
+
+  _wrap(atomicity, "on_commit_callback", around)
+
+
+def unreadable(step):
+  """The disk has an error where this step's arrays lie."""
+  from tiny_aya_jax.train import checkpoint
+
+  def around(load):
+    def failing(path, *arguments):
+      if path.name == step:
+        raise OSError(5, "Input/output error")
+      return load(path, *arguments)
+    return failing
+
+  _wrap(checkpoint.ocp, "load_checkpointables", around)
 
 
 def slow_save(seconds):
@@ -228,8 +277,8 @@ def dies_evaluating(number):
 
 
 FAULTS = {function.__name__: function for function in (
-    not_finite, spike, hang, slow_compile, die, no_memory, slow_save, error, full_until,
-    dies_evaluating, dies_exporting)}
+    not_finite, spike, hang, slow_compile, slow_first_evaluation, die, no_memory, slow_save, error, full_until,
+    uncommitted, unreadable, dies_evaluating, dies_exporting)}
 
 if __name__ == "__main__":
   main(sys.argv[1:])

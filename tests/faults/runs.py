@@ -8,7 +8,8 @@ import time
 
 from conftest import ROOT, arguments
 
-from tiny_aya_jax.train import ledger, metrics, saved
+from tiny_aya_jax import run as shared
+from tiny_aya_jax.train import ledger, saved
 
 HERE = pathlib.Path(__file__).parent
 FULL = bool(os.environ.get("FAULTS"))  # check.sh full: as often as the issue's figures ask for
@@ -55,10 +56,14 @@ def end(workdir):
 
 def losses(workdir):
   """{step: loss}; each step must be there once."""
-  rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "languages" in row]
+  rows = [row for row in lines(workdir) if "languages" in row]
   steps = [row["step"] for row in rows]
   assert len(steps) == len(set(steps)), steps
   return {row["step"]: row["loss"] for row in rows}
+
+
+def lines(workdir, name="metrics"):
+  return shared.read_lines(workdir / f"{name}.jsonl")
 
 
 def until(what, process=None, seconds=120):
@@ -77,7 +82,7 @@ def saved_beyond(workdir, step):
 
 def starts(workdir):
   """The steps at which the starts of a workdir went on."""
-  return [row["step"] for row in metrics.read(workdir / "ledger.jsonl") if "start" in row]
+  return [row["step"] for row in lines(workdir, "ledger") if "start" in row]
 
 
 def goodput(workdir):

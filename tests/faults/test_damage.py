@@ -72,7 +72,7 @@ def test_a_file_that_is_cut_emptied_or_gone_is_refused_or_was_not_needed(whole, 
   found = answers(path, orders)
   assert not [pair for pair in found if pair[1]["found"] not in ("same", "refused")]
   for order, answer in found:
-    if order["file"].endswith("data.json") or order["file"].endswith("s/_METADATA"):
+    if order["file"].endswith(("data.json", "params/_METADATA", "optimizer/_METADATA")):
       assert answer["found"] == "refused", order
   print("\n" + "\n".join(f"{order['file']} {order['how']}: {answer['found']}" for order, answer in found))
 
@@ -94,7 +94,7 @@ def test_a_run_falls_back_to_the_older_checkpoint_and_says_what_it_lost(
   code, said = runs.run(data, workdir, "--config.steps=8", "--config.log_every=1")
   assert code == 0
   assert f"resumed from {workdir}/checkpoints/4\n" in said and runs.starts(workdir) == [0, 4]
-  assert f"set aside as {workdir}/checkpoints/8.damaged; steps 5 to 8 are trained again" in said
+  assert "checkpoints/8 is set aside as 8.damaged" in said and "steps 5 to 8 are trained again" in said
   assert runs.end(workdir) == runs.end(whole) and runs.losses(workdir) == runs.losses(whole)
 
 
@@ -107,4 +107,26 @@ def test_a_run_without_a_sound_checkpoint_is_refused_and_never_begun_anew(data, 
   for _ in range(2):
     code, said = runs.run(data, workdir, "--config.steps=8")
     assert code == 65 and "nothing is begun anew behind your back" in said
-  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4.damaged", "8.damaged"]
+  assert saved.steps(workdir) == [4, 8]  # the fault may not be theirs: nothing is renamed
+  shutil.rmtree(workdir / "checkpoints")
+  code, said = runs.run(data, workdir, "--config.steps=8")
+  assert code == 65 and "its ledger says that step 8 was saved" in said
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(data, whole, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  code, said = runs.run(data, workdir, "--config.steps=8", faults=["unreadable=8"])
+  assert code == 1 and "Input/output error" in said
+  assert runs.run(data, workdir, "--config.steps=8")[0] == 0
+  assert saved.steps(workdir) == [4, 8] and runs.starts(workdir)[-1] == 8
+
+
+def test_a_damaged_trunk_does_not_harm_its_fork(data, whole, tmp_path):
+  trunk, fork = tmp_path / "trunk", tmp_path / "fork"
+  shutil.copytree(whole, trunk)
+  more = f"--config.init_from={trunk}", "--config.init_what=state"
+  assert runs.run(data, fork, *more, "--config.steps=4")[0] == 0
+  (trunk / "checkpoints" / "8" / "meta" / "data.json").write_text("{")
+  code, _ = runs.run(data, fork, *more, "--config.steps=6")
+  assert code == 0 and runs.starts(fork) == [8, 12] and not saved.aside(fork)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -46,8 +47,8 @@ def test_two_processes_do_what_one_does(data, one, tmp_path):
   ours, theirs = runs.losses(tmp_path / "two"), runs.losses(one)
   assert ours.keys() == theirs.keys()
   np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
-  evaluations = [[row["summary"]["mean"] for row in runs.metrics.read(workdir / "metrics.jsonl")
-                  if "evaluation" in row] for workdir in (one, tmp_path / "two")]
+  evaluations = [[row["summary"]["mean"] for row in runs.lines(workdir) if "evaluation" in row]
+                 for workdir in (one, tmp_path / "two")]
   assert len(evaluations[0]) == 2
   np.testing.assert_allclose(*evaluations, rtol=1e-6)
   assert runs.end(tmp_path / "two") == runs.end(one)  # on one mesh, the same bits
@@ -68,21 +69,27 @@ def test_a_run_goes_on_with_any_number_of_processes(data, one, tmp_path):
 
 def test_a_run_goes_on_on_any_mesh_from_the_same_bits(data, one, tmp_path):
   workdir, sizes = tmp_path / "run", ("data", "fsdp", "tensor", "context")
-  for steps, mesh in (2, (1, 8, 1, 1)), (4, (2, 2, 2, 1)), (6, (1, 4, 1, 2)), (8, (1, 1, 1, 1)):
+  meshes = [(1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 1, 1, 1)]
+  meshes = meshes if runs.FULL else [meshes[0], meshes[1], meshes[3]]
+  for steps, mesh in zip((2, 4, 6, 8) if runs.FULL else (2, 4, 8), meshes):
     more = [f"--config.mesh.{axis}={size}" for axis, size in zip(sizes, mesh)]
     code, said = runs.run(data, workdir, f"--config.steps={steps}", "--config.save_every=2", *more,
                           devices=int(np.prod(mesh)))
     assert code == 0 and "damaged" not in said  # restore compares fingerprints on the new mesh
-  assert runs.starts(workdir) == [0, 2, 4, 6] and runs.end(workdir)[3:] == runs.end(one)[3:]
+  assert len(runs.starts(workdir)) == len(meshes) and runs.end(workdir)[3:] == runs.end(one)[3:]
   ours, theirs = runs.losses(workdir), runs.losses(one)
   np.testing.assert_allclose([ours[step] for step in (2, 4, 6, 8)],
                              [theirs[step] for step in (2, 4, 6, 8)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("process", (0, 1))
-def test_sigterm_to_one_of_two_stops_both_at_one_step(data, tmp_path, process):
-  workdir = tmp_path / "run"
-  pair = runs.start(data, workdir, "--config.steps=1000000", "--config.save_every=1000000", **pod(2))
+# Over context, both processes read the same rows.
+@pytest.mark.parametrize("process, axis", (
+    (0, "fsdp"), (1, "fsdp"), (0, "context"), (1, "context"), (1, "tensor")) if runs.FULL else (
+    (0, "fsdp"), (1, "context")))
+def test_sigterm_to_one_of_two_stops_both_at_one_step(data, tmp_path, process, axis):
+  workdir, mesh = tmp_path / "run", dict(fsdp=1) | {axis: 2}
+  pair = runs.start(data, workdir, "--config.steps=1000000", "--config.save_every=1000000",
+                    *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()), **pod(2))
   runs.until(begun(workdir), pair)
   os.kill(pids(workdir)[process], signal.SIGTERM)
   assert pair.wait(timeout=60) == 75
@@ -120,3 +127,28 @@ def test_one_of_two_that_stands_still_ends_both_by_the_watchdog(data, tmp_path):
   finally:
     os.kill(pids(workdir)[1], signal.SIGCONT)
   assert pair.wait(timeout=90) == 76
+
+
+def test_two_processes_fall_back_together(data, tmp_path):
+  workdir = tmp_path / "run"
+  assert runs.run(data, workdir, STEPS)[0] == 0
+  (workdir / "checkpoints" / "8" / "data" / "data.json").write_text("")
+  for file in (workdir / "checkpoints" / "4" / "optimizer" / "d").iterdir():
+    file.write_bytes(file.read_bytes()[:-50])
+  code, said = runs.run(data, workdir, STEPS, **pod(2))
+  assert code == 65 and "none of the checkpoints 4, 8" in said
+  sound = tmp_path / "sound"
+  assert runs.run(data, sound, STEPS)[0] == 0
+  (sound / "checkpoints" / "8" / "data" / "data.json").write_text("")
+  code, said = runs.run(data, sound, STEPS, **pod(2))
+  assert code == 0 and runs.starts(sound) == [0, 4] and "checkpoints/8 is set aside" in said
+
+
+def test_a_save_that_fails_on_one_of_two_ends_both_in_time_and_the_pair_goes_on(data, tmp_path, monkeypatch):
+  workdir, more = tmp_path / "run", ("--config.steps=100", "--config.save_every=50", "--config.log_every=50")
+  with monkeypatch.context() as patched:
+    patched.setenv("INJECT", "uncommitted=")  # in process 0
+    patched.setenv("PYTHONPATH", str(runs.HERE / "site"))
+    code, said = runs.run(data, workdir, *more, "--config.guard.save_seconds=8", **pod(2))
+  assert code == 76 and "injected: no commit" in said and saved.steps(workdir) == []
+  assert runs.run(data, workdir, *more, **pod(2))[0] == 0 and saved.steps(workdir) == [50, 100]

@@ -77,11 +77,11 @@ def test_sigterm_to_the_supervisor_saves_the_run_and_ends_both(data, tmp_path):
 
 
 def test_a_run_that_is_killed_thrice_is_done_and_its_ledger_says_what_that_cost(data, tmp_path):
-  workdir, more = tmp_path / "run", ("--config.steps=600", "--config.save_every=20", "--config.log_every=10")
+  workdir, more = tmp_path / "run", ("--config.steps=300", "--config.save_every=10", "--config.log_every=10")
   process = supervised(data, workdir, *more)
   for _ in range(3):
     before = (saved.steps(workdir) or [0])[-1]
-    runs.until(runs.saved_beyond(workdir, before + 60), process)
+    runs.until(runs.saved_beyond(workdir, before + 20), process)
     os.kill(child(process)[0], signal.SIGKILL)
     time.sleep(0.5)
   assert process.wait(timeout=240) == 0

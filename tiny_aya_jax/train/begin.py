@@ -28,13 +28,20 @@ class Begin(NamedTuple):
   said: str
 
 
-def decide(config, workdir, plan, tokenizer):
-  """config, workdir, door.check's plan and tokenizer -> Begin; raises Refused, writes nothing."""
-  if saved.steps(workdir):
-    return _resume(config, workdir, plan, tokenizer)
+def decide(config, workdir, plan, tokenizer, step=None):
+  """config, workdir, door.check's plan and tokenizer -> Begin; raises Refused, writes nothing.
+
+  step: of this workdir's checkpoint to go on from; None: the newest, if there is one.
+  """
+  if step is not None or saved.steps(workdir):
+    path = saved.path(workdir, step if step is not None else saved.steps(workdir)[-1])
+    return _resume(config, path, plan, tokenizer)
   if broken := saved.incomplete(workdir) or saved.aside(workdir):
     raise run.Refused(f"{broken[-1]} is no whole checkpoint and {workdir} has no other: nothing is begun "
                       "anew behind your back; give another --workdir, or remove it")
+  if gone := saved.gone(workdir):
+    raise run.Refused(f"{workdir} has no checkpoint any more, its ledger says that step {gone} was saved: "
+                      "nothing is begun anew behind your back; give another --workdir, or remove it")
   if not config.init_from:
     return Begin(None, False, 0, 0, plan, None, f"parameters from scratch, seed {config.seed}")
   run.existing("init_from", config.init_from)
@@ -50,8 +57,7 @@ def decide(config, workdir, plan, tokenizer):
   return Begin(path, False, 0, 0, plan, origin, f"parameters from {path}, step 0")
 
 
-def _resume(config, workdir, plan, tokenizer):
-  path = saved.find(workdir)
+def _resume(config, path, plan, tokenizer):
   meta, data = saved.meta(path), saved.data(path)
   _same_model(path, meta, config, tokenizer)
   _same_length(path, meta, config)
@@ -213,15 +219,18 @@ def _origin(meta):
 def _origin_now(config, meta):
   """What `init_from` holds today at the step that the run began from.
 
-  A trunk may have gone on since, be pruned, moved or removed: then nothing is known against it.
+  A trunk may have gone on since, be pruned, moved, damaged or removed: then nothing is known against it.
   """
   origin = meta.get("origin")
   if not origin or not config.init_from:
     return origin
   for path in (pathlib.Path(config.init_from),
                pathlib.Path(config.init_from) / "checkpoints" / str(origin["step"])):
-    if saved.is_checkpoint(path) and saved.meta(path)["step"] == origin["step"]:
-      return _origin(saved.meta(path))
+    try:
+      if saved.is_checkpoint(path) and saved.meta(path)["step"] == origin["step"]:
+        return _origin(saved.meta(path))
+    except saved.Damaged:  # the trunk's: it says nothing of this run
+      pass
   return origin
 
 

@@ -9,17 +9,23 @@ Orbax. Saving beside training, and again when it fails, is saver.py.
 
 import errno
 import pathlib
+import re
 import shutil
+import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from tiny_aya_jax import processes
+from tiny_aya_jax import processes, run
 from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")
+RETRY_SECONDS = 1.0  # after a first failure to read
+# In what TensorStore says when the fault is not the file's.
+ELSEWHERE = ("UNAVAILABLE|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED"
+             "|CANCELLED|Too many open files")
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
 # Restoring NumPy arrays reads no sharding file; Orbax warns about it all the same.
 warnings.filterwarnings("ignore", message="Sharding info not provided")
@@ -78,7 +84,7 @@ def restore(path, abstract, names=TREES):
   """
   path, facts = saved.find(path), saved.meta(path)
   for name in names:
-    _compare(path, name, abstract[name])
+    _compare(path, name, abstract[name], facts)
   items = _load(path, {name: abstract[name] for name in names})
   for name in names:
     _check(path, name, items[name], facts)
@@ -114,6 +120,8 @@ def verify(path):
     tree = _load(path, {name: abstract})[name]
     _check(path, name, tree, facts)
     right += len(prints)
+  if (path / "data").is_dir():
+    saved.data(path)
   return right
 
 
@@ -153,12 +161,14 @@ def _described(path, name):
   return found[name]
 
 
-def _compare(path, name, abstract):
+def _compare(path, name, abstract, facts):
   described = _described(path, name)
   held = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
   wanted = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
   if odd := sorted(held.keys() ^ wanted.keys()):
-    raise saved.Damaged(f"{path}: {name} differs from this run's in {len(odd)} arrays, e.g. {odd[0]}")
+    other = facts["fingerprints"][name].keys() == held.keys()  # as it was saved, by another program
+    raise (run.Refused if other else saved.Damaged)(
+        f"{path}: {name} differs from this run's in {len(odd)} arrays, e.g. {odd[0]}")
   for key, leaf in wanted.items():
     if (held[key].shape, held[key].dtype) != (leaf.shape, leaf.dtype):
       raise saved.Damaged(
@@ -184,16 +194,22 @@ def _load(path, abstract):
 
 def _read(path, read):
   """What `read` gives, tried twice; Damaged if it fails, on every process if it does on one."""
-  for _ in range(2):  # a network may have failed for a moment
+  for last in (False, True):
     found = error = None
     try:
       found = read()
-    except jax.errors.JaxRuntimeError:  # memory, or another process: nothing is known of the files
-      raise
+    except (FileNotFoundError, NotADirectoryError) as failure:
+      error = failure
+    except (jax.errors.JaxRuntimeError, MemoryError, OSError):  # TimeoutError too
+      raise  # memory, the disk or another process: nothing is known of the files
     except Exception as failure:  # of damaged files Orbax and TensorStore raise whatever they like
+      if re.search(ELSEWHERE, str(failure)):
+        raise
       error = failure
     if processes.agreed(error is None):
       return found
+    if not last:
+      time.sleep(RETRY_SECONDS)  # a network may have failed for a moment
   said = " ".join(str(error or "on another process").split())[:200]
   raise saved.Damaged(f"{path} cannot be read: {said}") from error
 

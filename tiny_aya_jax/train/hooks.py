@@ -54,10 +54,13 @@ def export(config, workdir, tokenizer):
   def write(_, at, params):
     whole = processes.gathered(params)
     if jax.process_index() == 0:
-      for stale in parent.glob(".*.tmp*"):  # of an export that was killed
-        shutil.rmtree(stale)
-      huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16")
-      run.say(f"exported step {at} to {parent / str(at)}")
+      try:
+        for stale in parent.glob(".*.tmp*"):  # of an export that was killed
+          shutil.rmtree(stale)
+        huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16")
+        run.say(f"exported step {at} to {parent / str(at)}")
+      except OSError as error:
+        run.say(f"step {at} could not be exported ({error.strerror}): a start from it tries again")
     processes.agreed(True)
 
   def due(start, at):

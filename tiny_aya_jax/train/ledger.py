@@ -1,7 +1,7 @@
 """What the seconds of a run went to, over all its starts: WORKDIR/ledger.jsonl, one JSON object a line.
 
 A start writes {"start": when its process began, "step": where it goes on} first, then, whenever
-metrics are logged, the seconds by kind since the last line. Lines are only ever added, so steps that
+metrics are logged, the seconds by kind since the last line and the newest step that was saved. Lines are only ever added, so steps that
 a crash lost stay in it: they are those beyond the step at which the next start went on. Goodput is
 the share of the time from the first start to the last line that was spent in steps which counted.
 """
@@ -42,9 +42,9 @@ class Ledger:
     self.seconds["init"] += time.time() - run.BEGAN - sum(self.seconds.values())
     self._append(dict(start=run.BEGAN, step=step))
 
-  def write(self, step):
-    """The seconds since the last line, up to `step`."""
-    self._append(dict(step=step))
+  def write(self, step, saved):
+    """The seconds since the last line, up to `step`; saved: the newest step that was, or None."""
+    self._append(dict(step=step, saved=saved))
 
   def _append(self, row):
     row |= dict(time=time.time(), seconds={kind: round(s, 4) for kind, s in self.seconds.items()})
@@ -60,19 +60,21 @@ def summary(workdir):
   it had done and not yet written.
   """
   starts = []
-  for row in metrics.read(pathlib.Path(workdir) / "ledger.jsonl"):
+  for row in run.read_lines(pathlib.Path(workdir) / "ledger.jsonl"):
     if "start" in row:
       starts.append([])
     if starts:
       starts[-1].append(row)
   spent = collections.Counter(dict.fromkeys((*KINDS, "lost", "down"), 0.0))
-  for rows, following in zip(starts, [*starts[1:], None]):
+  for number, rows in enumerate(starts):
+    later = starts[number + 1 :]
+    kept = min((other[0]["step"] for other in later), default=None)
     for row in rows:
-      again = following and row["step"] > following[0]["step"]
+      again = kept is not None and row["step"] > kept
       for kind, seconds in row["seconds"].items():
         spent["lost" if again and kind in REDONE else kind] += seconds
-    if following:
-      spent["down"] += max(following[0]["start"] - rows[-1]["time"], 0)
+    if later:
+      spent["down"] += max(later[0][0]["start"] - rows[-1]["time"], 0)
   total = sum(spent.values())
   return dict(spent) | dict(total=total, goodput=spent["step"] / total if total else 0.0,
                             starts=len(starts))

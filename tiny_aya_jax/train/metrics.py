@@ -39,9 +39,15 @@ class Lines:
       self.failed = True
 
   def close(self):
-    """Flushes to disk."""
-    os.fsync(self.file.fileno())
-    self.file.close()
+    """Flushes to disk what it can."""
+    try:
+      self.waiting = self.waiting[self.file.write(self.waiting):]
+      os.fsync(self.file.fileno())
+      self.file.close()
+    except OSError:
+      pass
+    if self.waiting:
+      run.say(f"{self.path} lacks its last {self.waiting.count(10)} lines: there was no room for them")
 
 
 class Writer:
@@ -52,11 +58,11 @@ class Writer:
     if jax.process_index():
       return
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    kept = [row for row in read(path) if row["step"] <= first_step] if resumed else []
+    kept = [row for row in run.read_lines(path) if row["step"] <= first_step] if resumed else []
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)
-    self.lines = Lines(path)
+    self.lines, self.skips = Lines(path), Lines(path.with_name("skipped.jsonl"))
     try:
       import tensorboardX
 
@@ -77,6 +83,11 @@ class Writer:
       for name, value in _scalars(row):
         self.board.add_scalar(name, value, row["step"])
 
+  def skip(self, row):
+    """Appends to skipped.jsonl, which keeps what a later start trains again."""
+    if self.lines is not None:
+      self.skips.write(row)
+
   def _board_works(self):
     events = self.board.file_writer.event_writer
     if events._worker.is_alive():
@@ -90,25 +101,14 @@ class Writer:
     """Flushes to disk."""
     if self.lines is not None:
       self.lines.close()
+      self.skips.close()
     if self.board and self._board_works():
       self.board.close()
 
 
-def read(path):
-  """The rows of a file of JSON lines; one that a crash tore is left out."""
-  rows = []
-  if pathlib.Path(path).exists():
-    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        continue
-  return rows
-
-
 def evaluated(workdir, step):
   """Whether the metrics of a workdir hold an evaluation at `step`."""
-  rows = read(pathlib.Path(workdir) / "metrics.jsonl")
+  rows = run.read_lines(pathlib.Path(workdir) / "metrics.jsonl")
   return any("evaluation" in row and row["step"] == step for row in rows)
 
 

@@ -2,7 +2,7 @@
 
 A save that fails is tried again at once, then when the next is due; training goes on meanwhile.
 After `failed_saves` in a row it ends, as it is working for nothing. One that does not end at all is
-the watchdog's.
+the watchdog's, and so is one that fails on one of several processes: the others wait for it in Orbax.
 """
 
 import threading
@@ -22,7 +22,7 @@ class Saver:
 
   def __init__(self, workdir, keep, guard, dog):
     self.workdir, self.keep, self.guard, self.dog = workdir, keep, guard, dog
-    self.running, self.failures, self.again = None, 0, False
+    self.running, self.failures, self.again, self.saved = None, 0, False, None
     self._sweep()
 
   def start(self, step, items):
@@ -75,7 +75,7 @@ class Saver:
       if running.error is not None:
         self._failed(running.step, running.error)
       else:
-        self.failures = 0
+        self.failures, self.saved = 0, running.step
 
   def _failed(self, step, error):
     self.failures += 1

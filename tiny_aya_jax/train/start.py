@@ -14,29 +14,51 @@ from tiny_aya_jax.train import begin as begins, checkpoint, guard, optimizer, sa
 
 
 def newest(config, workdir, plan, mesh, tokenizer):
-  """(begin.Begin, state) of a run; sets aside checkpoints of this workdir that are damaged.
+  """(begin.Begin, state) of a run, from the newest of its checkpoints that proves itself.
 
-  Refused if it has no other. All processes call it, the one with the lock among them.
+  Those that were tried before are set aside once an older one is restored; if none is, nothing is
+  renamed, as the fault may not be theirs, and the run is refused. All processes call it, and try the
+  same steps: those that process 0 sees.
   """
-  for folder in saved.incomplete(workdir) if saved.steps(workdir) else ():
-    _set_aside(workdir, folder, "a part of it was removed")
-  while True:
+  steps = processes.told(saved.steps(workdir))
+  if not steps:
+    begin = begins.decide(config, workdir, plan, tokenizer)
+    return begin, start(config, begin, mesh, tokenizer)
+  tried = []
+  for at in reversed(steps):
+    begin = error = None
     try:
-      begin = begins.decide(config, workdir, plan, tokenizer)
-      return begin, start(config, begin, mesh, tokenizer)
-    except saved.Damaged as error:
-      if not saved.steps(workdir):  # it is init_from's
-        raise
-      _set_aside(workdir, saved.find(workdir), error)
+      begin = begins.decide(config, workdir, plan, tokenizer, at)
+    except saved.Damaged as damage:
+      error = damage
+    if processes.agreed(error is None):
+      try:
+        state = start(config, begin, mesh, tokenizer)
+      except saved.Damaged as damage:  # on all processes, or on none
+        error = damage
+      else:
+        _set_aside(workdir, tried, at)
+        return begin, state
+    tried.append((at, error or "another process cannot read it"))
+    run.say(f"damaged: {saved.path(workdir, at)}: {tried[-1][1]}")
+  raise run.Refused(f"none of the checkpoints {', '.join(map(str, steps))} of {workdir} can be restored: "
+                    "nothing is begun anew behind your back; give another --workdir, or remove them. "
+                    f"The newest: {tried[0][1]}")
 
 
-def _set_aside(workdir, path, why):
-  processes.agreed(True)  # nobody is still reading it
-  new = saved.set_aside(path, "damaged") if jax.process_index() == 0 else ""
-  processes.agreed(True)
-  left = saved.steps(workdir)
-  lost = f"steps {left[-1] + 1} to {path.name} are trained again" if left else "there is no older one"
-  run.say(f"damaged: {why}; set aside as {new}; {lost}")
+def _set_aside(workdir, tried, at):
+  """Renames what was tried before step `at`, and what is no checkpoint; process 0."""
+  if jax.process_index() == 0:
+    for path, why in [(saved.path(workdir, failed), "") for failed, _ in tried] + [
+        (path, ": a part of it was removed") for path in saved.incomplete(workdir)]:
+      run.say(f"{path} is set aside as {saved.set_aside(path, 'damaged').name}{why}")
+    # What was exported beyond is of steps that are now trained again.
+    for path in (workdir / "huggingface").glob("*"):
+      if path.name.isdigit() and int(path.name) > at:
+        run.say(f"{path} is set aside as {saved.set_aside(path, 'superseded').name}")
+  if tried:
+    run.say(f"steps {at + 1} to {tried[0][0]} are trained again")
+  processes.agreed(True)  # nobody reads on before that
 
 
 def start(config, begin, mesh, tokenizer):

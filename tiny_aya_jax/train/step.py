@@ -75,10 +75,11 @@ def batch(config, mesh):
   """ShapeDtypeStructs of one global batch, laid out by their letters."""
   B, T = config.data.batch, config.data.T
   names = dict.fromkeys(("token_BT", "target_BT", "segment_BT", "position_BT"), jnp.int32)
-  names |= dict(weight_BT=jnp.float32, source_B=jnp.int32, vote_B=jnp.int32)
+  names |= dict(weight_BT=jnp.float32, source_B=jnp.int32, vote_P=jnp.int32)
+  sizes = dict(B=B, T=T, P=mesh.size)
   return {
       name: jax.ShapeDtypeStruct(
-          (B, T)[: len(axes.letters(name))], dtype, sharding=axes.activation(mesh, name)
+          [sizes[letter] for letter in axes.letters(name)], dtype, sharding=axes.activation(mesh, name)
       )
       for name, dtype in names.items()
   }
@@ -95,8 +96,8 @@ def next_token_loss(params, batch, *, model, chunk, z_loss):
   )
 
 
-# vote_B: what the process that has these rows asks all to do after this step; the largest wins, and
-# every process reads the same answer in the report. A signal or a clock is of one process only.
+# vote_P: what the process of a device asks all to do after this step; the largest wins, and every
+# process reads the same answer in the report. A signal or a clock is of one process only.
 GO_ON, SAVE, STOP = 0, 1, 2
 
 
@@ -120,14 +121,15 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
     )
     return jax.tree.map(jnp.add, carry, (grads, sum, count, per_source)), None
 
+  rows = {name: x for name, x in batch.items() if name != "vote_P"}
   zero = (
       jax.tree.map(jnp.zeros_like, state["params"]), jnp.float32(0), jnp.float32(0),
       dict(nats_S=jnp.zeros(sources), tokens_S=jnp.zeros(sources)),
   )
   if accumulate == 1:
-    (grads, sum, count, per_source), _ = part(zero, batch)
+    (grads, sum, count, per_source), _ = part(zero, rows)
   else:
-    (grads, sum, count, per_source), _ = jax.lax.scan(part, zero, _microbatches(batch, accumulate))
+    (grads, sum, count, per_source), _ = jax.lax.scan(part, zero, _microbatches(rows, accumulate))
   count = jnp.maximum(count, 1)
   grads = jax.tree.map(lambda grad: grad / count, grads)
   updates, moments = tx.update(grads, state["optimizer"], state["params"])
@@ -137,7 +139,7 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
   kept = jax.tree.map(functools.partial(guard.keep, verdict), updated,
                       {name: state[name] for name in updated})
   report = dict(loss=sum / count, grad_norm=grad_norm, tokens=count, verdict=verdict,
-                not_finite=guarded["not_finite"], vote=batch["vote_B"].max(), **per_source)
+                not_finite=guarded["not_finite"], vote=batch["vote_P"].max(), **per_source)
   return kept | dict(step=state["step"] + 1, guard=guarded), jax.tree.map(constrain, report)
 
 

@@ -14,7 +14,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 
 from tiny_aya_jax import axes, chips, processes, run
 from tiny_aya_jax.data import loader, mixture
@@ -31,23 +30,24 @@ def main(config, workdir, plan, validation, tokenizer):
   plan, validation (manifests) and tokenizer come from door.check. Resumes by the workdir alone.
   """
   processes.join(config.guard.heartbeat_seconds)
+  stop = _stop_signal()
   mesh = axes.mesh(**config.mesh.to_dict())
   chips.refuse_other(config.topology, mesh.devices.flatten())
   fields.check_batch(config, mesh)
   attention.refuse_unless_possible(
       config.attention, config.dtype, config.model.H, mesh.devices.flat[0], mesh.shape["context"]
   )
-  with _lock(workdir), jax.set_mesh(mesh):
+  with (_lock(workdir), jax.set_mesh(mesh),
+        contextlib.closing(watchdog.Watchdog(workdir, config.guard.hang_seconds)) as dog):
     spent = ledger.Ledger(workdir)
     proof.keep_programs(workdir)
     model = step.model(config)
     with spent.spent("restore"):
-      begin, state = start.newest(config, workdir, plan, mesh, tokenizer)
+      restored = dog.start("restoring", config.guard.save_seconds)
+      begin, state = _within_memory(config, start.newest, config, workdir, plan, mesh, tokenizer)
+      restored()
     plan = begin.plan
-    try:
-      _record(config, workdir, mesh, model, state, tokenizer)
-    except OSError as error:
-      raise _unwritable(workdir, error) from None
+    _record(config, workdir, mesh, model, state, tokenizer)
     rows = loader.Loader(plan, config.data.seed, config.data.batch, axes.process_part(mesh))
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
     if not saved.steps(workdir):
@@ -63,24 +63,25 @@ def main(config, workdir, plan, validation, tokenizer):
     )
     spent.begin(int(state["step"]))
     try:
-      with (contextlib.closing(watchdog.Watchdog(workdir, config.guard.hang_seconds)) as dog,
-            savers.Saver(workdir, config.keep, config.guard, dog) as saver):
-        code = _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent, dog, saver)
+      with savers.Saver(workdir, config.keep, config.guard, dog) as saver:
+        code = _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent, dog, saver,
+                     stop)
       if code == run.EXIT["not_finite"]:
         _distrust(workdir)
       return code
     finally:
-      run.say(ledger.said(workdir))
+      with contextlib.suppress(OSError, KeyError, TypeError):  # it must not hide how the run ended
+        run.say(ledger.said(workdir))
 
 
-def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent, dog, saver):
+def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent, dog, saver, stop):
   first, start = int(state["step"]), meta["start"]
   last = start + config.steps
-  writer, stop = metrics.Writer(workdir, first, resumed=first > start), _stop_signal()
+  writer = metrics.Writer(workdir, first, resumed=first > start)
   sources = [source["name"] for source in rows.plan["sources"]]
   since = time.monotonic()
   reports = []  # of the steps since the last line; on the devices until then
-  before = None  # the report of the step before
+  before, owed = None, False  # the report of the step before; whether a save is due
   checked = functools.partial(_within_memory, config, advance)  # the first step
 
   def items(at):
@@ -100,7 +101,7 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
         f"step {at - start}/{config.steps}  loss {found['loss']:.4f}  grad norm {found['grad_norm']:.2f}  "
         f"lr {float(rate(at - 1)):.2e}  {speed:,.0f} tokens/s  {metrics.extremes(found['languages'])}"
     )
-    spent.write(at)
+    spent.write(at, saver.saved)
 
   def follow(at):
     """What is due after a step, once: a start finds what is done, and makes up for what is not.
@@ -111,7 +112,7 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
     for name, due, done, do in after:
       # Process 0 answers for all: the others may see a file later.
       if due(start, at) and processes.agreed(jax.process_index() > 0 or not done(at)):
-        with dog.watch(name), spent.spent(name):
+        with dog.watch(name, compiles=True), spent.spent(name):
           do(writer, at, state["params"])
         did = True
     return did
@@ -131,8 +132,8 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
         run.say(f"step {at - start + 1}: {why}")
       with spent.spent("step"):
         vote = step.STOP if stop() or _time_up(config) else step.SAVE if saver.failed() else step.GO_ON
-        batch["vote_B"] = np.full(len(batch["source_B"]), vote, np.int32)
-        state, report = checked(state, axes.place(mesh, batch))
+        placed = axes.place(mesh, batch) | dict(vote_P=axes.own(mesh, vote))
+        state, report = checked(state, placed)
         checked = advance
         reports.append(report)
         # Waits for the step before while this one runs: what all processes then know alike.
@@ -141,14 +142,17 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
         before = report
         done = at + 1
         ended = done == last or asked == step.STOP
-        saving = ended or asked == step.SAVE or (done - start) % config.save_every == 0
-        logging = saving or (done - start) % config.log_every == 0
+        owed = owed or asked == step.SAVE or (done - start) % config.save_every == 0
+        logging = ended or owed or (done - start) % config.log_every == 0
         if logging:  # nothing is saved before it was looked at
           not_finite = int(report["not_finite"])
-    if logging:
+        saving = ended or owed and not not_finite  # a state that makes no steps replaces no good one
+        owed = owed and not saving
+    failed = not_finite >= config.guard.not_finite
+    if logging or failed:
       log(done)
       reports, since = [], time.monotonic()
-    if not_finite >= config.guard.not_finite:
+    if failed:
       run.say(f"loss or gradient was not finite {not_finite} steps in a row, up to {done}: none applied")
       writer.close()
       return run.EXIT["not_finite"]
@@ -166,7 +170,7 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
   _profile(config, workdir, None)
   writer.close()
   if first < last:
-    spent.write(done)
+    spent.write(done, saver.saved)
   if first < last and done < last:
     run.say(f"stopped at step {done}, saved: run the same command again to continue")
     return run.EXIT["preempted"]
@@ -177,9 +181,9 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
 def _skipped(writer, rows, done, why, loss, grad_norm):
   """Says of a step that its update was not applied, and which rows it was made of."""
   ids = rows.ids(done - 1)
-  writer.write(dict(step=done, why=why, loss=loss, grad_norm=grad_norm, rows=ids))
+  writer.skip(dict(step=done, why=why, loss=loss, grad_norm=grad_norm, rows=ids))
   run.say(f"step {done}: no update, {why}: loss {loss:.4f}, grad norm {grad_norm:.2f}, rows {ids[0]} to "
-          f"{ids[-1]} (all in metrics.jsonl)")
+          f"{ids[-1]} (all in skipped.jsonl)")
 
 
 def _distrust(workdir):
@@ -236,22 +240,19 @@ def _lock(workdir):
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(workdir / "lock", "a")
-  except OSError as error:
-    raise _unwritable(workdir, error) from None
+  except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+    raise run.Refused(f"{workdir} cannot be written to ({error.strerror}): give another --workdir") from None
   with file:
     try:
       if jax.process_index() == 0:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       raise run.Refused(
           f"another run holds {workdir}: stop it, or use another --workdir"
       ) from None
+    except OSError as error:
+      run.say(f"{workdir} has no locks ({error.strerror}): a second run in it would not be noticed")
     yield
-
-
-def _unwritable(workdir, error):
-  return run.Refused(f"{workdir} cannot be written to ({error.strerror}): make room, or give another "
-                     "--workdir")
 
 
 def _stop_signal():

@@ -1,8 +1,8 @@
 """Ends a process that hangs, so that whatever restarts it can: exit code 76, stacks of all threads.
 
-A kind of work has no limit the first time, when it may compile for as long as it likes; then it has
-ten times its median so far, and at least the floor. A device that hangs is seen as the host waits
-for a step's report. A thread that keeps Python's lock is not seen.
+A kind of work has ten times its median so far, and at least the floor; one that compiles has no limit
+the first time (the step is compiled before it is watched). A device that hangs is seen as the host
+waits for a step's report. A thread that keeps Python's lock is not seen.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from tiny_aya_jax import run
 
 TIMES = 10  # the median
 KEPT = 100  # durations of a kind
+REPORT_SECONDS = 10  # at most, before the end
 
 
 class Watchdog:
@@ -31,10 +32,10 @@ class Watchdog:
     threading.Thread(target=self._look, daemon=True, name="watchdog").start()
 
   @contextlib.contextmanager
-  def watch(self, kind):
+  def watch(self, kind, compiles=False):
     """Within: what is of this kind may take as long as it usually does, generously."""
     took = self.took.setdefault(kind, [])
-    limit = max(self.floor, TIMES * statistics.median(took)) if took else None
+    limit = None if compiles and not took else max(self.floor, TIMES * statistics.median(took or [0]))
     began = time.monotonic()
     end = self.start(kind, limit)
     try:
@@ -64,10 +65,14 @@ class Watchdog:
   def _bark(self, what, seconds):
     said = (f"hang: {what} has lasted longer than {seconds:.0f} s; the stacks of process "
             f"{jax.process_index()} are in {self.stacks}")
-    print(said, file=sys.stderr, flush=True)
-    try:
-      with open(self.stacks, "w", encoding="utf-8") as file:
-        print(said, file=file, flush=True)
-        faulthandler.dump_traceback(file, all_threads=True)
-    finally:  # the disk may be what hangs
-      os._exit(run.EXIT["hang"])
+    for report in (self._dump, lambda said: print(said, file=sys.stderr, flush=True)):
+      # In threads of their own: the disk, or whoever reads stderr, may be what hangs.
+      thread = threading.Thread(target=report, args=(said,), daemon=True)
+      thread.start()
+      thread.join(REPORT_SECONDS)
+    os._exit(run.EXIT["hang"])
+
+  def _dump(self, said):
+    with open(self.stacks, "w", encoding="utf-8") as file:
+      print(said, file=file, flush=True)
+      faulthandler.dump_traceback(file, all_threads=True)
