@@ -53,11 +53,13 @@ def main(path):
 
 
 def harm(file, content, how, at):
-  """how: flip (bit `at`), cut (to `at` bytes), empty, delete."""
+  """how: flip (bit `at`), scramble (a bit in 97 bytes), cut (to `at` bytes), empty, delete."""
   if how == "flip":
     changed = bytearray(content)
     changed[at // 8] ^= 1 << at % 8
     file.write_bytes(changed)
+  elif how == "scramble":
+    file.write_bytes(bytes(byte ^ (index % 97 == 0) for index, byte in enumerate(content)))
   elif how == "delete":
     file.unlink()
   else:
