@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tiny_aya_jax.train import metrics
+from tiny_aya_jax import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -57,7 +57,7 @@ def test_every_language_is_learned_and_reported(out):
 
 
 def test_sft_learns_the_answers(out):
-  losses = [row["loss"] for row in metrics.read(out / "sft" / "metrics.jsonl") if "loss" in row]
+  losses = [row["loss"] for row in run.read_lines(out / "sft" / "metrics.jsonl") if "loss" in row]
   assert losses[-1] < losses[0]
 
 

@@ -1,5 +1,6 @@
 """python -m tiny_aya_jax VERB --config=FILE[:variant] --workdir=DIR [--config.field=value ...]"""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -32,7 +33,8 @@ def console():
   try:
     code = main()
   except Exception:
-    traceback.print_exc()
+    with contextlib.suppress(OSError):
+      traceback.print_exc()
     code = 1
   for stream in (sys.stdout, sys.stderr):
     try:
@@ -57,15 +59,19 @@ def main(argv=None):
     config, workdir = run.parse(argv, WITHOUT_WORKDIR)
     return importlib.import_module(VERBS[argv[0]][0]).main(config, workdir) or run.EXIT["done"]
   except run.Refused as refusal:
-    print(f"refused: {refusal}", file=sys.stderr, flush=True)
-    return run.EXIT["refused"]
+    return _refused(refusal)
   except (AttributeError, KeyError) as error:
     if not _from_config(error):
       raise
     field = str(error).strip('"')
-    print(f"refused: the config lacks the field {field}, which {argv[0]} reads: is it a config of "
-          "another verb?", file=sys.stderr, flush=True)
-    return run.EXIT["refused"]
+    return _refused(f"the config lacks the field {field}, which {argv[0]} reads: is it a config of "
+                    "another verb?")
+
+
+def _refused(why):
+  with contextlib.suppress(OSError):  # a log on a full disk changes no exit code
+    print(f"refused: {why}", file=sys.stderr, flush=True)
+  return run.EXIT["refused"]
 
 
 def _from_config(error):

@@ -45,6 +45,12 @@ def test_steps_in_a_row_that_are_not_finite_end_the_run_and_the_next_start_goes_
   assert runs.end(workdir) == runs.end(tmp_path / "sound")
 
 
+def test_a_save_that_is_due_among_steps_that_are_not_finite_waits_for_one_that_is(data, tmp_path):
+  code, _ = runs.run(data, tmp_path / "run", "--config.steps=8", "--config.keep=9",
+                     faults=["not_finite=3,4"])
+  assert code == 0 and saved.steps(tmp_path / "run") == [6, 8]
+
+
 def test_a_spike_is_not_applied_and_its_rows_are_named_also_after_a_resume(data, tmp_path):
   workdir = tmp_path / "run"
   more = "--config.guard.window=8", "--config.log_every=1"
@@ -96,9 +102,9 @@ def test_a_step_that_hangs_ends_the_process_with_the_stacks_of_its_threads(data,
 
 
 def test_what_compiles_may_take_its_time(data, tmp_path):
-  code, said = runs.run(data, tmp_path / "run", "--config.steps=2", "--config.guard.hang_seconds=1",
+  code, said = runs.run(data, tmp_path / "run", "--config.steps=2", "--config.guard.hang_seconds=3",
                         f"--config.data.validation={data / 'rows/validation'}",
-                        faults=["slow_compile=4", "slow_first_evaluation=4"])
+                        faults=["slow_compile=6", "slow_first_evaluation=6"])
   assert code == 0 and said.count("injected: the compiler sleeps") == 2
 
 
@@ -178,6 +184,9 @@ def test_a_log_on_a_full_disk_costs_nothing(data, tmp_path):
   with open("/dev/full", "wb") as full:
     code = runs.start(data, tmp_path / "run", "--config.steps=4", out=full).wait(timeout=120)
   assert code == 0 and saved.steps(tmp_path / "run") == [4]
+  with open("/dev/full", "wb") as full:  # a refusal stays one
+    code = runs.start(data, tmp_path / "run", "--config.steps=0", out=full).wait(timeout=120)
+  assert code == 65
 
 
 def test_two_runs_in_one_folder_are_one_and_a_killed_one_leaves_no_lock(data, tmp_path):

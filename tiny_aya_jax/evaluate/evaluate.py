@@ -127,9 +127,7 @@ def bits_per_byte(path, manifests, tokenizer, mesh, config):
 
 def _untrained(workdir):
   """Bits per byte at step 0, from the training run's own metrics; None for a fork or a bare step."""
-  from tiny_aya_jax.train import metrics
-
-  for row in metrics.read(pathlib.Path(workdir) / "metrics.jsonl"):
+  for row in run.read_lines(pathlib.Path(workdir) / "metrics.jsonl"):
     if "evaluation" in row and row.get("from") == "scratch" and row["step"] == 0:
       return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}
   return None

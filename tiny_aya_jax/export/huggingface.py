@@ -252,6 +252,7 @@ def _open(folder):
 
 def _write_tensors(folder, params, cfg, dtype, shard_bytes):
   """model.safetensors, or model-0000x-of-0000n.safetensors and their index."""
+  from safetensors import SafetensorError
   from safetensors.numpy import save_file
 
   names = tensor_names(cfg)
@@ -267,7 +268,10 @@ def _write_tensors(folder, params, cfg, dtype, shard_bytes):
     file = "model.safetensors" if len(shards) == 1 else (
         f"model-{number:05d}-of-{len(shards):05d}.safetensors")
     tensors = {name: _tensor(params, cfg, *names[name], dtype) for name in shard}
-    save_file(tensors, folder / file, metadata=dict(format="pt"))
+    try:
+      save_file(tensors, folder / file, metadata=dict(format="pt"))
+    except SafetensorError as error:  # what a full disk is to it
+      raise OSError(str(error)) from error
     where |= dict.fromkeys(shard, file)
   if len(shards) > 1:
     run.write_json(folder / "model.safetensors.index.json", dict(

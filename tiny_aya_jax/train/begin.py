@@ -38,10 +38,10 @@ def decide(config, workdir, plan, tokenizer, step=None):
     return _resume(config, path, plan, tokenizer)
   if broken := saved.incomplete(workdir) or saved.aside(workdir):
     raise run.Refused(f"{broken[-1]} is no whole checkpoint and {workdir} has no other: nothing is begun "
-                      "anew behind your back; give another --workdir, or remove it")
+                      f"anew behind your back; give another --workdir, or remove {workdir}")
   if gone := saved.gone(workdir):
     raise run.Refused(f"{workdir} has no checkpoint any more, its ledger says that step {gone} was saved: "
-                      "nothing is begun anew behind your back; give another --workdir, or remove it")
+                      f"nothing is begun anew behind your back; give another --workdir, or remove {workdir}")
   if not config.init_from:
     return Begin(None, False, 0, 0, plan, None, f"parameters from scratch, seed {config.seed}")
   run.existing("init_from", config.init_from)

@@ -1,4 +1,5 @@
-"""What follows a step of training: an evaluation, an export. Each is done once, whatever is killed.
+"""What follows a step of training: an evaluation, an export. Each is done once, whatever is killed; an
+export for which there is no room is not, and is said.
 
 Whether a step's is done is read off what it leaves, a row of metrics or a folder, and off nothing else.
 """
@@ -60,7 +61,7 @@ def export(config, workdir, tokenizer):
         huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16")
         run.say(f"exported step {at} to {parent / str(at)}")
       except OSError as error:
-        run.say(f"step {at} could not be exported ({error.strerror}): a start from it tries again")
+        run.say(f"step {at} could not be exported: {error}")
     processes.agreed(True)
 
   def due(start, at):

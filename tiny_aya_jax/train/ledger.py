@@ -1,9 +1,10 @@
 """What the seconds of a run went to, over all its starts: WORKDIR/ledger.jsonl, one JSON object a line.
 
 A start writes {"start": when its process began, "step": where it goes on} first, then, whenever
-metrics are logged, the seconds by kind since the last line and the newest step that was saved. Lines are only ever added, so steps that
-a crash lost stay in it: they are those beyond the step at which the next start went on. Goodput is
-the share of the time from the first start to the last line that was spent in steps which counted.
+metrics are logged, the seconds by kind since the last line, and the newest step that was saved.
+Lines are only ever added, so steps that a crash lost stay in it: they are those beyond the step at
+which a later start went on. Goodput is the share of the time from the first start to the last line
+that was spent in steps which counted.
 """
 
 import collections

@@ -21,28 +21,34 @@ def newest(config, workdir, plan, mesh, tokenizer):
   same steps: those that process 0 sees.
   """
   steps = processes.told(saved.steps(workdir))
+  if not processes.agreed(bool(steps) or not saved.steps(workdir)):
+    raise OSError(f"{workdir}: not every process sees that there are no checkpoints")
   if not steps:
     begin = begins.decide(config, workdir, plan, tokenizer)
-    return begin, start(config, begin, mesh, tokenizer)
+    state = start(config, begin, mesh, tokenizer)
+    _set_aside(workdir, [], begin.step)
+    return begin, state
   tried = []
   for at in reversed(steps):
     begin = error = None
+    if not saved.is_checkpoint(saved.path(workdir, at)):  # to a mount that lags behind; it may be sound
+      raise OSError(f"{saved.path(workdir, at)} is not seen by process {jax.process_index()}")
     try:
       begin = begins.decide(config, workdir, plan, tokenizer, at)
     except saved.Damaged as damage:
-      error = damage
+      error = str(damage)  # not the exception: its frames hold arrays, and an older state needs the room
     if processes.agreed(error is None):
       try:
         state = start(config, begin, mesh, tokenizer)
       except saved.Damaged as damage:  # on all processes, or on none
-        error = damage
+        error = str(damage)
       else:
         _set_aside(workdir, tried, at)
         return begin, state
     tried.append((at, error or "another process cannot read it"))
     run.say(f"damaged: {saved.path(workdir, at)}: {tried[-1][1]}")
   raise run.Refused(f"none of the checkpoints {', '.join(map(str, steps))} of {workdir} can be restored: "
-                    "nothing is begun anew behind your back; give another --workdir, or remove them. "
+                    f"nothing is begun anew behind your back; give another --workdir, or remove {workdir}. "
                     f"The newest: {tried[0][1]}")
 
 

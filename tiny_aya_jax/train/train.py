@@ -6,6 +6,7 @@ checkpoint; else `init_from`; else scratch. Exit codes: run.EXIT.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -55,6 +56,7 @@ def main(config, workdir, plan, validation, tokenizer):
     with spent.spent("compile"):
       proof.check_attention(config, mesh)
       advance = _within_memory(config, proof.program, config, mesh, rate, len(plan["sources"]))
+      processes.agreed(True)  # the first step has a limit: it does not wait for another's compiler
     after = [hooks.evaluation(config, workdir, mesh, model, validation, tokenizer)] if validation else []
     after += [hooks.export(config, workdir, tokenizer)] if config.export_every else []
     meta = dict(
@@ -153,7 +155,7 @@ def _loop(config, workdir, mesh, advance, after, rows, rate, state, meta, spent,
       log(done)
       reports, since = [], time.monotonic()
     if failed:
-      run.say(f"loss or gradient was not finite {not_finite} steps in a row, up to {done}: none applied")
+      run.say(f"loss or gradient was not finite {not_finite} steps in a row, lately: none applied")
       writer.close()
       return run.EXIT["not_finite"]
     if saving:
@@ -240,7 +242,9 @@ def _lock(workdir):
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(workdir / "lock", "a")
-  except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+      raise  # it may pass: a crash is tried again
     raise run.Refused(f"{workdir} cannot be written to ({error.strerror}): give another --workdir") from None
   with file:
     try:

@@ -65,12 +65,14 @@ class Watchdog:
   def _bark(self, what, seconds):
     said = (f"hang: {what} has lasted longer than {seconds:.0f} s; the stacks of process "
             f"{jax.process_index()} are in {self.stacks}")
-    for report in (self._dump, lambda said: print(said, file=sys.stderr, flush=True)):
-      # In threads of their own: the disk, or whoever reads stderr, may be what hangs.
-      thread = threading.Thread(target=report, args=(said,), daemon=True)
-      thread.start()
-      thread.join(REPORT_SECONDS)
-    os._exit(run.EXIT["hang"])
+    try:
+      for report in (self._dump, lambda said: print(said, file=sys.stderr, flush=True)):
+        # In threads of their own: the disk, or whoever reads stderr, may be what hangs.
+        thread = threading.Thread(target=report, args=(said,), daemon=True)
+        thread.start()
+        thread.join(REPORT_SECONDS)
+    finally:  # there may be no thread to be had
+      os._exit(run.EXIT["hang"])
 
   def _dump(self, said):
     with open(self.stacks, "w", encoding="utf-8") as file:
