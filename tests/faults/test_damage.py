@@ -96,6 +96,27 @@ def test_a_run_falls_back_to_the_older_checkpoint_and_says_what_it_lost(
   assert runs.end(workdir) == runs.end(whole) and runs.losses(workdir) == runs.losses(whole)
 
 
+@pytest.mark.skipif(not runs.FULL, reason="FAULTS=1: three minutes")
+@pytest.mark.parametrize("how", ("cut", "delete"))
+def test_a_run_ends_the_same_whichever_file_of_its_newest_checkpoint_is_harmed(
+    data, whole, tmp_path, how):
+  names = [file.relative_to(saved.find(whole)) for file in files(saved.find(whole))]
+  at = {}
+  for number, name in enumerate(names):
+    workdir = tmp_path / str(number)
+    shutil.copytree(whole, workdir)
+    file = saved.path(workdir, 8) / name
+    harm(file, file.read_bytes(), how, file.stat().st_size // 2)
+    code, said = runs.run(data, workdir, "--config.steps=8", "--config.log_every=1")
+    at[str(name)] = runs.starts(workdir)[-1]
+    assert code == 0 and f"resumed from {workdir}/checkpoints/{at[str(name)]}\n" in said
+    assert ("8 is set aside as 8.damaged" in said) == (at[str(name)] == 4)
+    assert runs.end(workdir) == runs.end(whole)
+    assert runs.losses(workdir) == runs.losses(whole)  # later rows are superseded, none is there twice
+  print(f"\n{how}: the step restored, by file: {at}")
+  assert at["data/data.json"] == at["params/_METADATA"] == 4 and set(at.values()) == {4, 8}
+
+
 def test_a_run_without_a_sound_checkpoint_is_refused_and_never_begun_anew(data, whole, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(whole, workdir)
