@@ -1,5 +1,6 @@
 """Flags, configs and refusals: every door error is one sentence, exit 65, before jax is imported."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -208,3 +209,12 @@ def test_a_rerun_is_up_to_date_refused_or_allowed_to_overwrite(tmp_path):
   assert not run.up_to_date(record, "b", overwrite=True)
   with pytest.raises(run.Refused, match="made from other inputs"):
     run.up_to_date(record, "b", overwrite=False)
+
+
+def test_a_line_is_one_write_so_that_other_threads_cannot_write_into_it():
+  reads, writes = os.pipe2(os.O_DIRECT)  # a pipe of packets: a read gives what one write gave
+  say = "from tiny_aya_jax import run; run.say('resumed', 4)"
+  subprocess.run([sys.executable, "-u", "-c", say], stdout=writes, check=True)
+  os.close(writes)
+  assert os.read(reads, 4096) == b"resumed 4\n"
+  os.close(reads)

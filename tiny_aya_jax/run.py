@@ -294,7 +294,8 @@ def say(*words):
   jax = sys.modules.get("jax")
   if jax is None or jax.process_index() == 0:
     with contextlib.suppress(OSError):
-      print(*words, flush=True)
+      # One write, its end included: other threads write into the same log.
+      print(" ".join(map(str, words)) + "\n", end="", flush=True)
 
 
 def progress(items, what, total=None):
