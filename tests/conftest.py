@@ -12,6 +12,7 @@ import tempfile
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")  # cuda: test_attention.py
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network that may not be there
 # Tests and the processes they start compile each program once.
 _cache = tempfile.TemporaryDirectory(prefix="jax_cache_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
@@ -117,6 +118,20 @@ def data(tmp_path_factory):
     assert call("pack", f"pack.py:{variant}", folder / "rows", some, "--config.T=32",
                 f"--config.tokenizer={folder / 'tokenizer.model'}") == 0
   return folder
+
+
+@pytest.fixture(scope="session")
+def place(cfg, data, tmp_path_factory):
+  """A checkpoint of random parameters over the vocabulary of `data`: params and meta alone."""
+  from tiny_aya_jax.data import tokenizer
+  from tiny_aya_jax.train import checkpoint, saved
+
+  folder = tmp_path_factory.mktemp("model") / "random"
+  cfg = ml_collections.ConfigDict(cfg.to_dict() | dict(V=600))
+  sha256 = tokenizer.load(data / "tokenizer.model").sha256
+  meta = dict(model=cfg.to_dict(), tokenizer_sha256=sha256, T=32)
+  checkpoint.save(folder, 0, dict(params=random_params(cfg, seed=3), meta=meta), keep=1)
+  return saved.find(folder)
 
 
 def call(verb, experiment, workdir, *fields):

@@ -377,7 +377,7 @@ def test_a_hugging_face_dataset_is_streamed_by_subset(tmp_path, capsys):
     (dict(repetition__dup_line_frac="nan"), "dup_line_frac is nan"),
     (dict(repetition__top_n_grams="(2, 0.4)"), "expected pairs"),
     (dict(minhash__buckets=0), "config.minhash.buckets is 0"),
-    (dict(text="hf://a/b"), "datasets|no text"),
+    (dict(text="hf://a/b"), "datasets|cannot be read"),
 ])
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path, fields, said):
   write(tmp_path / "raw" / "fra_Latn.jsonl", some("fra_Latn", 3))

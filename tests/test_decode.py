@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny_aya_jax import run
+from tiny_aya_jax import axes, run
 from tiny_aya_jax.model import decode, transformer
 from tiny_aya_jax.model.transformer import TinyAya
 
@@ -186,3 +186,22 @@ def known_distribution(cfg, probabilities):
     embedding_VD[token, 1] = np.log(probability)
   norm_D[1] = -np.sqrt(cfg.D - 1) / cfg.logit_scale
   return params
+
+
+@pytest.mark.parametrize("sizes", [dict(data=8, fsdp=1), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_a_mesh_generates_what_one_device_does(params, cfg, prompts, greedy, sizes):
+  mesh = axes.mesh(**sizes)
+  placed = jax.device_put(params, axes.shardings(mesh, params))
+  with jax.set_mesh(mesh):  # four prompts over eight and four places
+    assert decode.generate(placed, cfg, prompts, steps=STEPS) == greedy
+
+
+def test_rows_whose_text_has_ended_are_not_continued(params, cfg, prompts, greedy):
+  asked = []
+
+  def ended(ids):
+    asked.append(len(ids))
+    return len(ids) >= 4
+
+  found = decode.generate_until(params, cfg, prompts, ended, steps=STEPS, every=4)
+  assert found == [row[:4] for row in greedy] and asked == [4] * len(prompts)

@@ -59,3 +59,8 @@ def gathered(tree):
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def first():
+  """Whether this is process 0, which writes and speaks."""
+  return jax.process_index() == 0

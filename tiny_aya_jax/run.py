@@ -202,12 +202,21 @@ def fingerprint(value):
 
 def write_json(path, value):
   """Writes atomically: a reader sees the old file or the new one, never half of it."""
+  write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path, rows):
+  """Writes a file of JSON lines, as write_json does."""
+  write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path, text):
+  """Writes UTF-8, atomically and to the disk."""
   path = pathlib.Path(path)
   temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
   try:
     with open(temporary, "w", encoding="utf-8") as file:
-      json.dump(value, file, indent=1, ensure_ascii=False)
-      file.write("\n")
+      file.write(text)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -220,7 +229,7 @@ def read_lines(path):
   """The rows of a file of JSON lines; one that a crash tore is left out, and no file has none."""
   rows, path = [], pathlib.Path(path)
   if path.exists():
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
       with contextlib.suppress(json.JSONDecodeError):
         rows.append(json.loads(line))
   return rows

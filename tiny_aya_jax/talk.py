@@ -59,10 +59,9 @@ def answer(params, cfg, tokenizer, messages, config):
   from tiny_aya_jax.model import decode
 
   ids = chat.prompt(tokenizer, messages)
-  specials = [id for id in tokenizer.specials.values() if id not in chat.stop_ids(tokenizer)]
   (reply,) = decode.generate(
       params, cfg, [ids], steps=config.tokens, stop_ids=chat.stop_ids(tokenizer),
       temperature=config.temperature, top_p=config.top_p, seed=config.seed,
-      dtype=jnp.dtype(config.dtype), banned_ids=[*specials, *range(tokenizer.size, cfg.V)],
+      dtype=jnp.dtype(config.dtype), banned_ids=chat.unspoken(tokenizer, cfg.V),
   )
   return tokenizer.decode(reply)

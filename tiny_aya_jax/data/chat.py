@@ -86,6 +86,13 @@ def stop_ids(tokenizer):
   return tuple(tokenizer.special(name) for name in STOPS)
 
 
+def unspoken(tokenizer, V):
+  """The ids that no answer holds: specials that do not end it, and rows of a table of V beyond the
+  vocabulary."""
+  specials = set(tokenizer.specials.values()) - set(stop_ids(tokenizer))
+  return [*sorted(specials), *range(tokenizer.size, V)]
+
+
 def check(messages):
   """Refuses what is not: one system message or none, then user and assistant in turns."""
   if not isinstance(messages, (list, tuple)) or not messages:

@@ -95,17 +95,32 @@ def _encodes(character, codec):
 def identifier(name):
   """'py3langid', or the path of a fastText model such as GlotLID's -> an identifier.
 
-  An identifier has `sees(language)`, whether it has a label for it, and
-  `margin(text, language)` -> (margin >= 0 in nats, the best label).
+  An identifier has `sees(language)`, whether it has a label for it, `best(text)` -> (label, its
+  probability) and `margin(text, language)` -> (margin >= 0 in nats, the best label).
   """
   return _Py3langid() if name == BUILT_IN else _FastText(name)
 
 
+def same(label, code):
+  """Whether an identifier's label means the language of the code, whatever the scripts.
+
+  'zh' is cmn_Hans and cmn_Hant, 'no' is nob_Latn, 'tl' is fil_Latn; 'nn', 'yue', 'arz' are none of
+  them, and 'ms' is not 'id'.
+  """
+  return _key(label) == _key(code)
+
+
 class _Identifier:
-  """Subclasses give `labels`, all that the model can say, and `scores(text)` -> {label: log p}."""
+  """Subclasses give `labels`, all that the model can say, and `scores(text)` -> {label: log p},
+  whose p add up to 1."""
 
   def sees(self, language):
-    return any(_key(label) == _key(language.code) for label in self.labels)
+    return any(same(label, language.code) for label in self.labels)
+
+  def best(self, text):
+    scores = self.scores(text)
+    label = max(scores, key=scores.get)
+    return label, math.exp(scores[label])
 
   def margin(self, text, language):
     scores = self.scores(sample(text))
@@ -159,6 +174,11 @@ class _FastText(_Identifier):
     except (ValueError, RuntimeError) as error:
       raise run.Refused(f"{path} is no fastText model ({error})") from None
     self.labels = set(self.probabilities("a b c"))
+
+  def best(self, text):
+    """Of one line, as it stands: ('', 0.0) where the model knows nothing in it."""
+    labels, p = self._model.predict(text.replace("\n", " "), k=1)
+    return (labels[0].removeprefix(self.prefix), float(p[0])) if labels else ("", 0.0)
 
   def probabilities(self, text):
     """{label without its prefix: p} of all labels; fastText reads one line."""

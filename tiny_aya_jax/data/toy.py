@@ -95,6 +95,24 @@ def documents(code, split):
       yield document
 
 
+def cloze(code):
+  """[{"context", "choices", "answer"}]: lists of four days or months, and what may come last.
+
+  The order of both is in every split: whoever has read it ranks the right one first.
+  """
+  words, items = _words(code), []
+  for names in (words.days, words.months):
+    for start in range(len(names) if all(names) else 0):
+      turn = start % 4  # the right one is at any place
+      coming = [names[(start + 3 + (turn + at) % 4) % len(names)] for at in range(4)]
+      said = [_listed(words, [names[(start + at) % len(names)] for at in range(3)] + [name])
+              for name in coming]
+      begun = {text[: text.rindex(name)].rstrip() for text, name in zip(said, coming)}
+      if len(begun) == 1:  # 'and' may depend on the word behind it
+        items.append(dict(context=begun.pop(), choices=coming, answer=(4 - turn) % 4))
+  return items
+
+
 def size(code, split):
   """Bytes after which `documents(code, split)` stops (it ends with the document that passes it)."""
   if split != "train":

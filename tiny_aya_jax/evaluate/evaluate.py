@@ -1,85 +1,186 @@
-"""VERB evaluate: checkpoints in, bits per byte per language out: one JSON, one page, one table.
+"""VERB evaluate: checkpoints in, measures per language out: one JSON, one page, one table.
 
-Reads a checkpoint's params and meta; bits per byte before training come from the first workdir's
-metrics, if it began from scratch. Every validation row is counted once. Averages hide the
-languages this project exists for, so the page has one line a language, grouped by region.
+Checkpoints are ours or Hugging Face folders. Bits per byte are of packed rows, each counted once;
+tasks are tasks.py's, and lm-evaluation-harness's. Answers are kept (outputs.py), measured and rolled
+up (results.py), and shown (report.py). All processes compute; process 0 does the rest.
 """
 
 import pathlib
 
-import ml_collections
-
-from tiny_aya_jax import languages, run
+from tiny_aya_jax import client, languages, run
 from tiny_aya_jax.data import loader, text as texts, tokenizer as tokenizers
-from tiny_aya_jax.evaluate import baselines, report
+from tiny_aya_jax.evaluate import report, results, terminal
 from tiny_aya_jax.train import saved
 
-# What needs jax is imported behind the checks: a wrong field is refused in a second.
+# What needs jax, or the packages of the extra `eval`, is imported behind the checks: a wrong field
+# is refused in a second.
+LEAST = ("chunk", "batch", "baselines.processes", "heartbeat_seconds")
 
 
 def main(config, workdir):
-  """Writes workdir/{evaluation.json, report.html} for config.checkpoints, and prints the table."""
-  if not config.rows or not config.tokenizer or not config.checkpoints:
-    raise run.Refused("evaluate needs config.rows (packed validation), config.tokenizer and "
-                      "config.checkpoints, a tuple of workdirs or checkpoint folders")
-  names = [pathlib.Path(given).resolve().name for given in config.checkpoints]
-  if len(set(names)) < len(names):
-    raise run.Refused(f"config.checkpoints are named {names}: two of one name would be one column")
-  if bool(config.baselines.train_text) != bool(config.baselines.validation_text):
-    raise run.Refused("baselines need both train_text and validation_text, or neither")
-  run.choose_fields(config, "attention", "dtype")
-  least = dict(chunk=config.chunk, batch=config.batch)
-  for name, value in (least | {"baselines.processes": config.baselines.processes}).items():
-    if value < 1:
-      raise run.Refused(f"config.{name} is {value}, expected at least 1")
-  for path in config.checkpoints:
-    run.existing("checkpoints", path)
-  manifests = loader.read_manifests(config.rows)
-  tokenizer = tokenizers.load(config.tokenizer)
-  paths = [saved.find(path) for path in config.checkpoints]
-  for path in paths:
-    same_tokenizer(path, saved.meta(path)["tokenizer_sha256"], tokenizer)
-  same_tokenizer(config.rows, manifests[0]["tokenizer_sha256"], tokenizer)
-  if config.mesh.context > 1 and manifests[0]["T"] % config.mesh.context:
-    raise run.Refused(f"config.mesh.context={config.mesh.context} does not divide T={manifests[0]['T']}")
-  from tiny_aya_jax import axes
+  """Writes workdir/{evaluation.json, report.html, outputs/} and prints the table."""
+  subjects, work, tools, judge = check(config, workdir)
+  from tiny_aya_jax import processes
 
+  processes.join(config.heartbeat_seconds)
+  from tiny_aya_jax import axes
+  from tiny_aya_jax.evaluate import outputs
+  from tiny_aya_jax.train import proof
+
+  proof.keep_programs(workdir)
   mesh = axes.mesh(**config.mesh.to_dict())
   if config.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
     raise run.Refused(f"a batch of {config.batch} rows does not split over {mesh.size} devices")
-
   inputs = run.fingerprint([
-      names, [saved.meta(path)["fingerprints"]["params"] for path in paths],
-      [manifest["sha256"] for manifest in manifests], _text(config.baselines), config.dtype,
-  ])
-  if run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite):
+      [(subject["name"], subject["identity"]) for subject in subjects], work["fingerprint"],
+      _text(config.baselines), config.to_dict()["judge"], config.dtype, config.baseline])
+  done = run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite)
+  if not processes.agreed(not done):
     run.say(f"{workdir / 'report.html'}: up to date")
     return
-  beside = {}
-  if config.baselines.train_text:
-    beside["baselines"] = baselines.table(
-        config.baselines.train_text, config.baselines.validation_text, list(_bytes(manifests)),
-        config.baselines.processes,
-    )
-  columns = {}
-  for given, name, path in zip(config.checkpoints, names, paths):
-    before = _untrained(given)
-    if before and not columns:
-      columns["untrained"] = before
-    columns[name] = bits_per_byte(path, manifests, tokenizer, mesh, config)
-  result = dict(
-      inputs=inputs,
-      checkpoints={name: str(path) for name, path in zip(names, paths)},
-      rows=config.rows, tokenizer_sha256=tokenizer.sha256, bytes=_bytes(manifests),
-      bits_per_byte=columns,
-      summary={name: _summary(column) for name, column in columns.items()},
-      **beside,
-  )
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "report.html").write_text(report.page(result), encoding="utf-8")
-  run.write_json(workdir / "evaluation.json", result)  # last: its presence says that all is there
-  run.say(report.table(result))
-  run.say(f"page: {workdir / 'report.html'}")
+  found = {subject["name"]: outputs.of(subject, work, workdir, mesh, config) for subject in subjects}
+  if processes.first():
+    result = dict(inputs=inputs, **results.of(subjects, work, found, tools, judge, config))
+    run.write_text(workdir / "report.html", report.page(result))
+    run.write_json(workdir / "evaluation.json", result)  # last: its presence says that all is there
+  processes.agreed(True)  # nobody ends while process 0 asks the judge
+  if processes.first():
+    run.say(terminal.table(result))
+    run.say(f"page: {workdir / 'report.html'}")
+
+
+def check(config, workdir):
+  """Refuses what cannot be; reads tasks and manifests. -> (subjects, work, tools, judge), without jax."""
+  if not config.checkpoints:
+    raise run.Refused("evaluate needs config.checkpoints, a tuple of workdirs, checkpoint folders or "
+                      "Hugging Face folders")
+  for field in LEAST:
+    if (value := _field(config, field)) < 1:
+      raise run.Refused(f"config.{field} is {value}, expected at least 1")
+  if config.limit < 0:
+    raise run.Refused(f"config.limit is {config.limit}, expected items a language, or 0 for all")
+  run.choose_fields(config, "attention", "dtype")
+  run.choose("config.choices", config.choices, ("letters", "cloze"))
+  run.choose("config.prompts", config.prompts, ("chat", "plain"))
+  if bool(config.baselines.train_text) != bool(config.baselines.validation_text):
+    raise run.Refused("baselines need both train_text and validation_text, or neither")
+  chosen = {name: place for name, place in config.tasks.items() if place}
+  if not (config.rows or chosen or config.harness.tasks):
+    raise run.Refused("evaluate needs config.rows (packed validation), a set such as "
+                      "config.tasks.belebele, or config.harness.tasks")
+  manifests = loader.read_manifests(config.rows) if config.rows else []
+  subjects = [_subject(config, place) for place in config.checkpoints]
+  names = [subject["name"] for subject in subjects]
+  if len(set(names)) < len(names):
+    raise run.Refused(f"config.checkpoints are named {names}: two of one name would be one column")
+  if config.baseline is not None:
+    run.choose("config.baseline", config.baseline, ["untrained", *names])
+  for subject in subjects if manifests else ():
+    same_tokenizer(config.rows, manifests[0]["tokenizer_sha256"], subject["tokenizer"],
+                   config.tokenizer)
+  if config.mesh.context > 1 and manifests and manifests[0]["T"] % config.mesh.context:
+    raise run.Refused(f"config.mesh.context={config.mesh.context} does not divide T={manifests[0]['T']}")
+  if config.mesh.context > 1 and (chosen or config.harness.tasks):
+    raise run.Refused("tasks are of rows of any length: config.mesh.context must be 1")
+  _check_harness(config.harness)
+  (tools, items), judge = _tools(config, chosen) if chosen else (None, {}), None
+  if config.judge.url:
+    settings = config.judge.to_dict()
+    judge = client.Client(settings.pop("url"), settings.pop("model"), workdir / "judge.jsonl", **settings)
+  _check_room(config, subjects, items)
+  fingerprint = run.fingerprint([
+      [manifest["sha256"] for manifest in manifests], items, config.choices, config.prompts,
+      config.identifier, config.T, config.tokens, config.limit, config.harness.to_dict()])
+  return subjects, dict(manifests=manifests, items=items, fingerprint=fingerprint), tools, judge
+
+
+def _field(config, name):
+  for key in name.split("."):
+    config = config[key]
+  return config
+
+
+def _subject(config, given):
+  """What is known of a checkpoint before it is loaded."""
+  place = pathlib.Path(run.existing("checkpoints", given)).absolute()
+  name = place.resolve().name
+  if place.resolve().parent.name == "checkpoints":  # a step of a workdir
+    name = f"{place.resolve().parents[1].name}@{name}"
+  if (place / "config.json").exists():
+    facts = run.read_json(place / "config.json", "Hugging Face folder")
+    weights = sorted(place.glob("*.safetensors"))
+    return dict(name=name, path=place, step=None, tokenizer=tokenizers.load(place / "tokenizer.json"),
+                identity=[run.sha256(path) for path in weights], untrained=None,
+                T=config.T or facts.get("max_position_embeddings", 8192))
+  if not config.tokenizer:
+    raise run.Refused(f"{given} needs config.tokenizer; only Hugging Face folders have their own")
+  path, tokenizer = saved.find(place), tokenizers.load(config.tokenizer)
+  meta = saved.meta(path)
+  same_tokenizer(path, meta["tokenizer_sha256"], tokenizer, config.tokenizer)
+  return dict(name=name, path=path, step=meta["step"], tokenizer=tokenizer,
+              identity=meta["fingerprints"]["params"], untrained=_untrained(place),
+              T=config.T or meta["T"])
+
+
+def same_tokenizer(path, sha256, tokenizer, given):
+  """Refuses rows or a checkpoint made with another tokenizer; `given` may be the same as a .model."""
+  other = tokenizers.load(given) if given else None
+  if sha256 != tokenizer.sha256 and not (
+      other and other.sha256 == sha256 and other.same_ids(tokenizer)):
+    raise run.Refused(
+        f"{path} belongs to tokenizer {sha256[:12]}, and {tokenizer.path} is {tokenizer.sha256[:12]}")
+
+
+def _tools(config, chosen):
+  """(tasks.Tools but the judge, {task: {code: items}})."""
+  try:
+    from tiny_aya_jax.data import identify
+    from tiny_aya_jax.evaluate import confusion, tasks
+  except ImportError as error:
+    raise run.Refused(f"tasks need {error.name}: pip install 'tiny_aya_jax[eval]'") from None
+  codes = languages.select(config.languages)
+  items = {}
+  for name in (name for name in tasks.table() if name in chosen):
+    place = chosen[name]
+    if not str(place).startswith("hf://") and place != tasks.EMBEDDED:
+      run.existing(f"tasks.{name}", place)
+    items[name] = tasks.read(name, place, codes, config.limit, config.choices)
+  return tasks.Tools(
+      identify=identify.identifier(config.identifier), identifier=config.identifier,
+      english=confusion.read_english(config.english) if config.english else None), items
+
+
+def _check_room(config, subjects, items):
+  """Refuses answers that leave no room for a prompt."""
+  for field in ("T", "tokens"):
+    if config[field] is not None and config[field] < 1:
+      raise run.Refused(f"config.{field} is {config[field]}, expected at least 1")
+  if not items:
+    return
+  from tiny_aya_jax.evaluate import tasks
+
+  table = tasks.table(config.choices)
+  for name, subject in ((name, subject) for name in items for subject in subjects):
+    tokens = table[name].tokens and (config.tokens or table[name].tokens)
+    if tokens and tokens > subject["T"] // 2:
+      raise run.Refused(f"answers of {tokens} tokens to {name} take more than half of the {subject['T']} "
+                        f"tokens of {subject['name']}: set config.tokens, or config.T")
+
+
+def _check_harness(settings):
+  if settings.shots < 0:
+    raise run.Refused(f"config.harness.shots is {settings.shots}, expected examples, 0 or more")
+  if settings.folder:
+    run.existing("harness.folder", settings.folder)
+  if not settings.tasks:
+    return
+  if not run.installed("lm_eval"):
+    raise run.Refused("config.harness needs lm-eval: pip install 'tiny_aya_jax[eval]'")
+  from tiny_aya_jax.evaluate import harness
+
+  known = harness.manager(settings.folder).all_tasks
+  for name in settings.tasks:
+    run.choose("config.harness.tasks", name, known)
 
 
 def _text(baselines):
@@ -93,67 +194,9 @@ def _text(baselines):
   ]
 
 
-def same_tokenizer(path, sha256, tokenizer):
-  """Refuses rows or a checkpoint made with another tokenizer."""
-  if sha256 != tokenizer.sha256:
-    raise run.Refused(
-        f"{path} belongs to tokenizer {sha256[:12]}, config.tokenizer is {tokenizer.sha256[:12]}"
-    )
-
-
-def bits_per_byte(path, manifests, tokenizer, mesh, config):
-  """{language: bits per byte} of one checkpoint over all rows of the manifests."""
-  import jax
-  import jax.numpy as jnp
-
-  from tiny_aya_jax import axes
-  from tiny_aya_jax.model import attention, bits
-  from tiny_aya_jax.model.transformer import TinyAya
-  from tiny_aya_jax.train import checkpoint
-
-  params, meta = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
-  cfg = ml_collections.ConfigDict(meta["model"])
-  attention.refuse_unless_possible(
-      config.attention, config.dtype, cfg.H, mesh.devices.flat[0], mesh.shape["context"]
-  )
-  with jax.set_mesh(mesh):
-    model = TinyAya(cfg, jnp.dtype(config.dtype), config.attention)
-    codes = [manifest["language"] for manifest in manifests]
-    score = bits.scorer(model, tokenizer.bytes_V, len(codes), chunk=config.chunk)
-    batches = loader.every_row_once(manifests, config.batch, axes.process_part(mesh))
-    found = bits.evaluate(score, params, batches, mesh, codes)
-  return {code: entry["bits_per_byte"] for code, entry in found.items()}
-
-
 def _untrained(workdir):
   """Bits per byte at step 0, from the training run's own metrics; None for a fork or a bare step."""
   for row in run.read_lines(pathlib.Path(workdir) / "metrics.jsonl"):
     if "evaluation" in row and row.get("from") == "scratch" and row["step"] == 0:
       return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}
   return None
-
-
-def _bytes(manifests):
-  """{language: validation bytes}, in the order of the languages table."""
-  found = {}
-  for manifest in manifests:
-    found[manifest["language"]] = found.get(manifest["language"], 0) + manifest["bytes"]
-  order = languages.select(("all",))
-  return {code: found[code] for code in (*order, *sorted(found.keys() - set(order))) if code in found}
-
-
-def _summary(column):
-  """Mean, the worst five and the mean of every region of one checkpoint."""
-  regions = {}
-  for code, value in column.items():
-    regions.setdefault(region(code), []).append(value)
-  worst = sorted(column, key=column.get, reverse=True)[:5]
-  return dict(
-      mean=sum(column.values()) / len(column), worst={code: column[code] for code in worst},
-      regions={name: sum(values) / len(values) for name, values in sorted(regions.items())},
-  )
-
-
-def region(code):
-  """The region of a code; 'code' is its own."""
-  return languages.find(code).region if code != "code" else "code"

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiny_aya_jax import run
+from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.model.attention import ring_positions
 from tiny_aya_jax.model.transformer import TinyAya, logits
+
+EVERY = 32  # tokens between two looks at whether a row's text has ended
 
 
 def generate(
@@ -26,6 +28,22 @@ def generate(
   prompts: list of non-empty lists of ids, each one document. temperature 0 is greedy, else ids are
   drawn from the smallest set of tokens whose mass reaches top_p. stop_ids end a row and are not
   returned; banned_ids (unused vocabulary rows) are never chosen. Returns a list of lists of ids.
+  On a mesh (jax.set_mesh) rows are spread over its devices; all processes give the same prompts,
+  and all get the answers.
+  """
+  return generate_until(params, cfg, prompts, None, steps=steps, stop_ids=stop_ids,
+                        temperature=temperature, top_p=top_p, seed=seed, dtype=dtype,
+                        banned_ids=banned_ids)
+
+
+def generate_until(
+    params, cfg, prompts, ended, *, steps, stop_ids=(), temperature=0.0, top_p=1.0, seed=0,
+    dtype=jnp.float32, banned_ids=(), every=EVERY,
+):
+  """`generate`, with ended(ids so far) -> whether a row is done; asked after each `every` tokens.
+
+  For ends that are text and no token, such as a line break: what stands behind them in the tokens
+  until the next question is returned too, and is the caller's to cut.
   """
   if not prompts or not all(prompts):
     raise run.Refused("every prompt needs at least one token; give BOS to start from nothing")
@@ -34,17 +52,46 @@ def generate(
   odd = {token for prompt in prompts for token in prompt if not 0 <= token < cfg.V}
   if odd:  # a lookup would clamp them without a word
     raise run.Refused(f"prompts hold ids {sorted(odd)[:3]}, the table has rows 0 to {cfg.V - 1}")
-  length_B = np.array([len(prompt) for prompt in prompts])
-  prompt_BS = np.zeros((len(prompts), length_B.max()), np.int32)
-  for row, prompt in enumerate(prompts):
-    prompt_BS[row, : len(prompt)] = prompt
   banned_V = np.zeros(cfg.V, bool)
   banned_V[list(banned_ids)] = True
-  token_BT = _generate(
-      params, prompt_BS, length_B, np.array(stop_ids, np.int32), banned_V, jax.random.key(seed),
-      _Frozen(cfg), steps, float(temperature), float(top_p), jnp.dtype(dtype),
-  )
-  return [_until(row, stop_ids) for row in np.asarray(token_BT).tolist()]
+  choice = Frozen(cfg), float(temperature), float(top_p), jnp.dtype(dtype)
+  rows = _rows(prompts, prompt_slots(max(map(len, prompts))))
+  carry = _first(params, rows["prompt_BS"], rows["length_B"], banned_V, jax.random.key(seed),
+                 steps, *choice)
+  done, ended_B = 0, np.zeros(rows["length_B"].shape, bool)
+  while done < steps:
+    done = steps if ended is None else min(done + every, steps)
+    carry = _more(params, carry, rows["length_B"], ended_B, np.array(stop_ids, np.int32), banned_V,
+                  done, *choice)
+    token_BT, stopped_B = processes.gathered((carry["token_BT"], carry["stopped_B"]))
+    answers = [_until(row, stop_ids) for row in token_BT[: len(prompts)].tolist()]
+    if ended is not None:
+      ended_B = np.resize([ended(answer) for answer in answers], ended_B.shape)
+    if (stopped_B | ended_B)[: len(prompts)].all():
+      break
+  return answers
+
+
+def prompt_slots(length):
+  """The width to which prompts of this length are filled up: few widths, so few programs."""
+  coarse = max(16, 1 << max(0, length.bit_length() - 3))  # quarters of the power of two below
+  return -(-length // coarse) * coarse
+
+
+def _rows(prompts, slots):
+  """{"prompt_BS", "length_B"}: the prompts left-aligned, over the mesh if there is one."""
+  mesh = jax.sharding.get_mesh()
+  part, parts, each = 0, 1, len(prompts)
+  if not mesh.empty:
+    part, parts = axes.process_part(mesh)
+    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    each = -(-len(prompts) // blocks) * blocks // parts
+  mine = [prompts[row % len(prompts)] for row in range(part * each, (part + 1) * each)]
+  prompt_BS = np.zeros((each, slots), np.int32)
+  for row, prompt in enumerate(mine):
+    prompt_BS[row, : len(prompt)] = prompt
+  rows = dict(prompt_BS=prompt_BS, length_B=np.array([len(prompt) for prompt in mine], np.int32))
+  return rows if mesh.empty else axes.place(mesh, rows)
 
 
 def prefill(params, cfg, token_BT, length_B, capacity, dtype=jnp.float32):
@@ -52,7 +99,7 @@ def prefill(params, cfg, token_BT, length_B, capacity, dtype=jnp.float32):
   T = token_BT.shape[1]
   position_BT = jnp.broadcast_to(jnp.arange(T), token_BT.shape)
   segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
-  hidden_BTD, state = TinyAya(cfg, dtype).apply(
+  hidden_BTD, state = TinyAya(cfg, dtype, "chunked").apply(
       {"params": params}, token_BT, segment_BT, position_BT, mutable=["cache"]
   )
   last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
@@ -75,35 +122,43 @@ def step(params, cfg, cache, token_B, position_B, dtype=jnp.float32):
   return logits(params, hidden_BTD, cfg)[:, 0], state["cache"]["periods"]
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
-def _generate(
-    params, prompt_BS, length_B, stop_ids, banned_V, key, frozen, steps, temperature, top_p, dtype
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+def _first(
+    params, prompt_BS, length_B, banned_V, key, steps, frozen, temperature, top_p, dtype
 ):
-  cfg = frozen.cfg
-  capacity = prompt_BS.shape[1] + steps
+  """The state before any token is given out: the first is chosen."""
+  cfg, (B, S) = frozen.cfg, prompt_BS.shape
+  logits_BV, cache = prefill(params, cfg, prompt_BS, length_B, S + steps, dtype)
+  chosen_B = _choose(logits_BV, banned_V, jax.random.fold_in(key, steps), temperature, top_p)
+  return dict(done=0, chosen_B=chosen_B, cache=cache, token_BT=jnp.full((B, steps), -1),
+              stopped_B=jnp.zeros(B, bool), key=key)
 
-  def choose(logits_BV, key):
-    return _choose(jnp.where(banned_V, -jnp.inf, logits_BV), key, temperature, top_p)
+
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10), donate_argnums=1)
+def _more(
+    params, carry, length_B, ended_B, stop_ids, banned_V, until, frozen, temperature, top_p, dtype
+):
+  """Gives out tokens up to number `until`, or until every row has stopped."""
+  cfg = frozen.cfg
 
   def more(carry):
-    done, _, _, _, stopped_B, _ = carry
-    return (done < steps) & ~stopped_B.all()
+    return (carry["done"] < until) & ~carry["stopped_B"].all()
 
   def one(carry):
-    done, chosen_B, cache, out_BT, stopped_B, key = carry
-    out_BT = out_BT.at[:, done].set(jnp.where(stopped_B, -1, chosen_B))
+    done, chosen_B, stopped_B = carry["done"], carry["chosen_B"], carry["stopped_B"]
+    token_BT = carry["token_BT"].at[:, done].set(jnp.where(stopped_B, -1, chosen_B))
     stopped_B |= jnp.isin(chosen_B, stop_ids)
-    logits_BV, cache = step(params, cfg, cache, chosen_B, length_B + done, dtype)
-    return done + 1, choose(logits_BV, jax.random.fold_in(key, done)), cache, out_BT, stopped_B, key
+    logits_BV, cache = step(params, cfg, carry["cache"], chosen_B, length_B + done, dtype)
+    chosen_B = _choose(
+        logits_BV, banned_V, jax.random.fold_in(carry["key"], done), temperature, top_p)
+    return carry | dict(done=done + 1, chosen_B=chosen_B, cache=cache, token_BT=token_BT,
+                        stopped_B=stopped_B)
 
-  logits_BV, cache = prefill(params, cfg, prompt_BS, length_B, capacity, dtype)
-  B = prompt_BS.shape[0]
-  first = (0, choose(logits_BV, jax.random.fold_in(key, steps)), cache,
-           jnp.full((B, steps), -1), jnp.zeros(B, bool), key)
-  return jax.lax.while_loop(more, one, first)[3]
+  return jax.lax.while_loop(more, one, carry | dict(stopped_B=carry["stopped_B"] | ended_B))
 
 
-def _choose(logits_BV, key, temperature, top_p):
+def _choose(logits_BV, banned_V, key, temperature, top_p):
+  logits_BV = jnp.where(banned_V, -jnp.inf, logits_BV)
   if temperature == 0:
     return logits_BV.argmax(-1).astype(jnp.int32)
   logits_BV = logits_BV / temperature
@@ -130,7 +185,7 @@ def _until(ids, stop_ids):
   return ids[: ends[0]] if ends else ids
 
 
-class _Frozen:
+class Frozen:
   """A config as a static argument of jit: equal text, equal program."""
 
   def __init__(self, cfg):

@@ -1,0 +1,198 @@
+"""A checkpoint on a mesh that answers lists of any length: log-likelihoods and greedy answers.
+
+Requests are sorted by length and cut into batches of one width; equal inputs are computed once.
+All processes ask the same and get the same back. What is asked is tasks.py's and harness.py's.
+"""
+
+import functools
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from tiny_aya_jax import axes, processes, run
+from tiny_aya_jax.data import chat
+from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.model import attention, decode, likelihood
+from tiny_aya_jax.model.transformer import TinyAya
+from tiny_aya_jax.train import checkpoint
+
+
+class Engine(NamedTuple):
+  """Matrices are held in the dtype in which they are multiplied, which changes no bit."""
+
+  params: Any
+  cfg: Any
+  tokenizer: Any
+  mesh: Any
+  model: TinyAya
+  score: Any  # likelihood.scorer
+  batch: int  # rows at a time
+  T: int  # most tokens of a request; what is longer loses its beginning
+
+
+class Likelihood(NamedTuple):
+  """Of a continuation: log-probability in nats, whether each token is the likeliest, how many."""
+
+  nats: float
+  greedy: bool
+  tokens: int
+
+
+def load(place, tokenizer, mesh, config, T):
+  """place: a checkpoint folder or a Hugging Face folder. config: batch, dtype, attention."""
+  dtype = jnp.dtype(config.dtype)
+  if is_hugging_face(place):
+    params, cfg = huggingface.read(place)
+    params = jax.tree.map(_put, params, axes.shardings(mesh, params))
+  else:
+    params, meta = checkpoint.restore_params(place, lambda tree: axes.shardings(mesh, tree))
+    cfg = ml_collections.ConfigDict(meta["model"])
+  attention.refuse_unless_possible(
+      config.attention, config.dtype, cfg.H, mesh.devices.flat[0], mesh.shape["context"])
+  params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, dtype), params)
+  model, score = _programs(decode.Frozen(cfg), dtype, config.attention)
+  return Engine(params, cfg, tokenizer, mesh, model, score, config.batch, T)
+
+
+@functools.cache  # checkpoints of one model share their compiled programs
+def _programs(frozen, dtype, backend):
+  model = TinyAya(frozen.cfg, dtype, backend)
+  return model, likelihood.scorer(model)
+
+
+def is_hugging_face(place):
+  return (pathlib.Path(place) / "config.json").exists()
+
+
+def _put(x, sharding):
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _cast(path, x, dtype):
+  """Norms stay fp32, as they are used; a matrix of fp32 goes at once, so that one is held twice."""
+  if axes.letters_of(path) == "D" or x.dtype == dtype:
+    return x
+  cast = jax.jit(lambda x: x.astype(dtype), out_shardings=x.sharding)(x)
+  x.delete()
+  return cast
+
+
+def pair(tokenizer, context, continuation):
+  """Two texts -> (ids, ids): cut where the context's own ids end; its last spaces go on.
+
+  As lm-evaluation-harness cuts them, so that its tasks and ours count the same tokens.
+  """
+  kept = context.rstrip()
+  continuation, context = context[len(kept):] + continuation, kept
+  before, whole = tokenizer.encode_many([context, context + continuation])
+  return before, whole[len(before):]
+
+
+def likelihoods(engine, requests, what, bos=True):
+  """[(ids, continuation's ids)] -> [Likelihood]; with `bos`, BOS is put in front.
+
+  what: said while it goes on. Refuses an empty continuation, and one without anything before it.
+  """
+  front, rows = [engine.tokenizer.special("<BOS_TOKEN>")] if bos else [], {}
+  for number, (context, continuation) in enumerate(requests):
+    if not continuation or len(continuation) > engine.T:
+      raise run.Refused(f"{what}: continuation {number} has {len(continuation)} tokens, expected 1 to "
+                        f"{engine.T}")
+    if not front and not context:
+      raise run.Refused(f"{what}: request {number} has no token before its continuation")
+    ids = [*front, *context, *continuation][-engine.T - 1 :]
+    rows.setdefault(tuple(ids[:-1]), []).append((number, ids[-len(continuation):]))
+  _say_cut(engine, what, [len(front) + len(context) + len(rest) - 1 for context, rest in requests])
+  found = [None] * len(requests)
+  order = sorted(rows, key=len, reverse=True)  # the widest first: what does not fit fails at once
+  batches = [order[at : at + engine.batch] for at in range(0, len(order), engine.batch)]
+  for batch in run.progress(batches, what):
+    for number, result in _likelihoods(engine, [(ids, rows[ids]) for ids in batch]):
+      found[number] = result
+  return found
+
+
+def _likelihoods(engine, rows):
+  """Up to a batch of (ids, [(number, targets), ...]) -> (number, Likelihood) of each."""
+  B = _filled(engine, len(rows))
+  T = decode.prompt_slots(max(len(ids) for ids, _ in rows))
+  E = decode.prompt_slots(max(sum(len(targets) for _, targets in asked) for _, asked in rows))
+  arrays = dict(token_BT=np.zeros((B, T), np.int32), length_B=np.ones(B, np.int32),
+                place_BE=np.zeros((B, E), np.int32), target_BE=np.zeros((B, E), np.int32))
+  for row, (ids, asked) in enumerate(rows):
+    arrays["token_BT"][row, : len(ids)], arrays["length_B"][row] = ids, len(ids)
+    targets = [target for _, chosen in asked for target in chosen]
+    places = [len(ids) - len(chosen) + at for _, chosen in asked for at in range(len(chosen))]
+    arrays["place_BE"][row, : len(places)], arrays["target_BE"][row, : len(targets)] = places, targets
+  nats_BE, greedy_BE = _on_mesh(engine, arrays)
+  for row, (_, asked) in enumerate(rows):
+    at = 0
+    for number, chosen in asked:
+      part = slice(at, at + len(chosen))
+      yield number, Likelihood(math.fsum(nats_BE[row, part].tolist()), bool(greedy_BE[row, part].all()),
+                               len(chosen))
+      at = part.stop
+
+
+def _on_mesh(engine, arrays):
+  """engine.score of a batch that each process has whole -> whole results on each."""
+  part, parts = axes.process_part(engine.mesh)
+  each = len(arrays["token_BT"]) // parts
+  mine = {name: array[part * each : (part + 1) * each] for name, array in arrays.items()}
+  with jax.set_mesh(engine.mesh):
+    return processes.gathered(engine.score(engine.params, axes.place(engine.mesh, mine)))
+
+
+def _filled(engine, rows):
+  """Rows of a batch, filled up so that they split over the mesh; few sizes, so few programs."""
+  blocks = engine.mesh.shape["data"] * engine.mesh.shape["fsdp"]
+  return min(engine.batch, -(-(1 << (rows - 1).bit_length()) // blocks) * blocks)
+
+
+def _say_cut(engine, what, lengths):
+  if over := sum(length > engine.T for length in lengths):
+    run.say(f"{what}: {over} of {len(lengths)} are longer than {engine.T} tokens and lose their beginning")
+
+
+def answers(engine, prompts, *, tokens, what, ends=()):
+  """Lists of ids -> [(text, whether it ended by itself)]: greedy, of at most `tokens` tokens.
+
+  ends: texts that end an answer and are cut off with what follows; so do the tokenizer's stop ids.
+  A prompt longer than T less the answer loses its beginning, BOS excepted.
+  """
+  room = engine.T - tokens
+  if room < 2:
+    raise run.Refused(f"{what}: an answer of {tokens} tokens leaves no room for a prompt in {engine.T}")
+  _say_cut(engine._replace(T=room), what, [len(ids) for ids in prompts])
+  prompts = [ids if len(ids) <= room else [ids[0], *ids[-room + 1 :]] for ids in prompts]
+  order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+  found = [None] * len(prompts)
+  batches = [order[at : at + engine.batch] for at in range(0, len(order), engine.batch)]
+  for batch in run.progress(batches, what):
+    for number, ids in zip(batch, _generate(engine, [prompts[one] for one in batch], tokens, ends)):
+      text, ended = _cut(engine.tokenizer.decode(ids), ends)
+      found[number] = text, ended or len(ids) < tokens
+  return found
+
+
+def _generate(engine, prompts, tokens, ends):
+  filled = _filled(engine, len(prompts))
+  prompts = [prompts[row % len(prompts)] for row in range(filled)]
+  tokenizer = engine.tokenizer
+  with jax.set_mesh(engine.mesh):
+    return decode.generate_until(
+        engine.params, engine.cfg, prompts,
+        (lambda ids: _cut(tokenizer.decode(ids), ends)[1]) if ends else None, steps=tokens,
+        stop_ids=chat.stop_ids(tokenizer), dtype=engine.model.dtype,
+        banned_ids=chat.unspoken(tokenizer, engine.cfg.V))
+
+
+def _cut(text, ends):
+  """(text before the first of `ends`, whether there was one)."""
+  at = min((text.index(end) for end in ends if end in text), default=None)
+  return (text, False) if at is None else (text[:at], True)

@@ -1,0 +1,164 @@
+"""lm-evaluation-harness on a JAX checkpoint: any of its tasks, sharded, batched by length, no torch.
+
+  lm = harness.Harness(engine)
+  lm_eval.simple_evaluate(model=lm, tasks=["belebele_deu_Latn"], num_fewshot=5)
+
+What it asks is answered as its Hugging Face backend answers on the exported folder (test_harness.py):
+the same tokens, BOS in front, a window of engine.T. One difference, on purpose: of a whole text
+(`loglikelihood_rolling`) that backend also counts how likely BOS is behind BOS, where the tokenizer
+puts one in front; here BOS is given. count_bos=True counts it.
+"""
+
+import collections
+import re
+
+import jinja2
+import lm_eval
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import chat
+from tiny_aya_jax.evaluate import engine as engines, formats
+
+MOST_TOKENS = 256  # of an answer where a task does not say; the harness's own
+
+
+def manager(folder):
+  """The harness's tasks, and those of YAML files in `folder` if there is one."""
+  return TaskManager(include_path=folder)
+
+
+def measures(engine, name, settings, limit):
+  """Runs a task or group -> [{"item": {"task", "language", "measure", "better", "items"}, "answer"}].
+
+  settings: shots, chat, folder of config.harness. `limit` items, 0 for all. A task's language is in
+  its name (belebele_deu_Latn, mgsm_direct_de); one without is "other".
+  """
+  found = lm_eval.simple_evaluate(
+      model=Harness(engine), tasks=[name], task_manager=manager(settings["folder"]),
+      num_fewshot=settings["shots"], apply_chat_template=settings["chat"],
+      fewshot_as_multiturn=settings["chat"], limit=limit or None, bootstrap_iters=0, log_samples=False)
+  rows = []
+  for task, result in found["results"].items():
+    base, code = _language(task)
+    for key, value in result.items():
+      measure, _, filtered = key.partition(",")
+      if not filtered or measure.endswith("_stderr") or not isinstance(value, (int, float)):
+        continue
+      higher = found["higher_is_better"].get(task, {}).get(measure) is not False
+      rows.append(dict(answer=float(value), item=dict(
+          task=base, language=code, items=result.get("sample_len"),
+          measure=measure if filtered == "none" else f"{measure}, {filtered}",
+          better="higher" if higher else "lower")))
+  return rows
+
+
+def _language(task):
+  """'belebele_deu_Latn' -> ('belebele', 'deu_Latn'); no language: (task, 'other')."""
+  pieces = task.split("_")
+  for at in range(len(pieces) - 1, 0, -1):
+    if code := formats.code_of("_".join(pieces[at:])):
+      return "_".join(pieces[:at]), code
+  return task, "other"
+
+
+class Harness(TemplateLM):
+  """`LM` of lm-eval 0.4.13. Every process gives it the same tasks."""
+
+  def __init__(self, engine, count_bos=False):
+    super().__init__()
+    self.engine, self.count_bos = engine, count_bos
+    self._specials = re.compile("|".join(
+        sorted(map(re.escape, engine.tokenizer.specials), key=len, reverse=True)))
+
+  @property
+  def eot_token_id(self):
+    return self.engine.tokenizer.special("<EOS_TOKEN>")
+
+  @property
+  def prefix_token_id(self):
+    return self.engine.tokenizer.special("<BOS_TOKEN>")
+
+  @property
+  def max_length(self):
+    return self.engine.T
+
+  @property
+  def tokenizer_name(self):
+    return self.engine.tokenizer.sha256
+
+  def chat_template(self, chat_template=False):
+    return chat.TEMPLATE if chat_template else None
+
+  def apply_chat_template(self, chat_history, add_generation_prompt=True):
+    """Turns as text; `tok_encode` reads the special tokens back."""
+    environment = jinja2.Environment()
+    environment.globals["raise_exception"] = _refuse
+    text = environment.from_string(chat.TEMPLATE).render(
+        messages=chat_history, add_generation_prompt=add_generation_prompt)
+    # An answer that has been begun is gone on with: the turn is left open.
+    return text if add_generation_prompt else text.removesuffix("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
+
+  def tok_encode(self, string, add_special_tokens=None, **_):
+    """Ids with BOS in front. Special tokens are read only from turns, which begin with BOS's name."""
+    bos, name = self.prefix_token_id, self.engine.tokenizer.piece(self.prefix_token_id)
+    if string.startswith(name):
+      return self._with_specials(string)
+    ids = self.engine.tokenizer.encode(string)
+    return ids if add_special_tokens is False else [bos, *ids]
+
+  def _with_specials(self, string):
+    ids, at, tokenizer = [], 0, self.engine.tokenizer
+    for found in self._specials.finditer(string):
+      ids += [*tokenizer.encode(string[at : found.start()]), tokenizer.special(found.group())]
+      at = found.end()
+    return ids + tokenizer.encode(string[at:])
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+    found = engines.likelihoods(
+        self.engine, [(context, continuation) for _, context, continuation in requests],
+        "lm-eval log-likelihoods", bos=False)
+    answers = [(result.nats, result.greedy) for result in found]
+    for (key, *_), answer in zip(requests, answers):
+      if key is not None:
+        self.cache_hook.add_partial("loglikelihood", key, answer)
+    return answers
+
+  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    """The log-probability of each text, in windows of T tokens that do not overlap in what counts."""
+    windows, owners = [], []
+    for number, request in enumerate(requests):
+      ids = self.tok_encode(request.args[0], add_special_tokens=self.count_bos or False)
+      for window in utils.get_rolling_token_windows(
+          ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1):
+        windows.append((None, *utils.make_disjoint_window(window)))
+        owners.append(number)
+    sums = collections.Counter()
+    for number, (nats, _) in zip(owners, self._loglikelihood_tokens(windows)):
+      sums[number] += nats
+    return [float(sums[number]) for number in range(len(requests))]
+
+  def generate_until(self, requests, disable_tqdm=False):
+    """Greedy answers; a task that samples is refused, as it would be scored on chance."""
+    groups, found = collections.defaultdict(list), [None] * len(requests)
+    for number, request in enumerate(requests):
+      settings = normalize_gen_kwargs(request.args[1], MOST_TOKENS)
+      if settings.get("do_sample") or settings.get("temperature"):
+        raise run.Refused(f"a task samples its answers ({request.args[1]}): give "
+                          "gen_kwargs=dict(do_sample=False, temperature=0) for greedy ones")
+      ends = tuple(end for end in settings["until"] if end)
+      groups[settings["max_gen_toks"], ends].append(number)
+    for (tokens, ends), numbers in groups.items():
+      ids = [self.tok_encode(requests[number].args[0]) for number in numbers]
+      answers = engines.answers(self.engine, ids, tokens=tokens, what="lm-eval answers", ends=ends)
+      for number, (text, _) in zip(numbers, answers):
+        found[number] = text
+        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+    return found
+
+
+def _refuse(why):
+  raise run.Refused(why)

@@ -1,0 +1,120 @@
+"""What evaluation.json holds: measures per language made of outputs, rolled up; no jax."""
+
+import importlib.metadata
+import time
+
+from tiny_aya_jax import languages
+from tiny_aya_jax.evaluate import baselines, rollups
+
+PACKAGES = ("jax", "tiny_aya_jax", "sacrebleu", "py3langid", "lm_eval")
+FEW_BYTES = 10_000  # of validation text, below which a figure is too little to rank by
+
+
+def of(subjects, work, outputs, tools, judge, config):
+  """What evaluation.json holds; the page is drawn from it alone."""
+  measures = [*_bits(subjects, work, outputs, config)] if work["manifests"] else []
+  unscored = []
+  if work["items"]:
+    from tiny_aya_jax.evaluate import tasks
+
+    if judge:
+      tools = tools._replace(ask=lambda requests, read: [
+          value for value, _ in judge.json_answers(requests, read)])
+    table = tasks.table(config.choices)
+    for name in work["items"]:
+      if table[name].judged and not judge:
+        unscored.append(dict(task=name, why="config.judge.url is not set: answers are kept, not judged"))
+      found = {column: table[name].measures(outputs[column][name], tools) for column in outputs}
+      measures += _measures(name, found, work["items"][name], table[name].few)
+  measures += _harness_measures(outputs) if config.harness.tasks else []
+  order = {code for measure in measures for column in measure["columns"].values() for code in column}
+  known = [code for code in languages.select(("all",)) if code in order]
+  for measure in measures:
+    measure["summary"] = {
+        name: rollups.summary(column, measure["better"], measure["columns"].get(config.baseline))
+        for name, column in measure["columns"].items()}
+  return dict(
+      checkpoints={subject["name"]: dict(path=str(subject["path"]), step=subject["step"],
+                                         dtype=config.dtype) for subject in subjects},
+      baseline=config.baseline,
+      languages={code: rollups.facts(code) for code in (*known, *sorted(order - set(known)))},
+      measures=measures, fertility=_fertility(work["manifests"]) if work["manifests"] else None,
+      judge=dict(model=config.judge.model, spent=judge.spent()) if judge else None,
+      unscored=unscored, versions=_versions(),
+      time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+  )
+
+
+def _measures(name, found, items, few):
+  """{column: [tasks.Measure]} of one task -> measures of the result, a column a checkpoint."""
+  for parts in zip(*found.values(), strict=True):
+    first = parts[0]
+    yield dict(
+        task=name, measure=first.name, better=first.better, note=first.note, chance=first.chance,
+        signature=first.signature, unit="items", few=few, beside={},
+        counts=parts[-1].counts or {code: len(rows) for code, rows in items.items()},
+        columns={column: part.values for column, part in zip(found, parts)})
+
+
+def _harness_measures(outputs):
+  """Measures of lm-eval's tasks, the languages of one task beside each other."""
+  found = {}
+  for column, units in outputs.items():
+    for item, answer in (pair for pairs in units["harness"].values() for pair in pairs):
+      measure = found.setdefault((item["task"], item["measure"]), dict(
+          task=f"lm-eval {item['task']}", measure=item["measure"], better=item["better"], chance=None,
+          note="lm-evaluation-harness", signature=None, unit="items", counts={}, few=100, beside={},
+          columns={name: {} for name in outputs}))
+      measure["columns"][column][item["language"]] = answer
+      measure["counts"][item["language"]] = item["items"]
+  return list(found.values())
+
+
+def _bits(subjects, work, outputs, config):
+  """The measure of bits per byte, with what costs nothing beside it."""
+  counts, columns, beside = _bytes(work["manifests"]), {}, {}
+  if config.baselines.train_text:
+    rows = baselines.table(config.baselines.train_text, config.baselines.validation_text, list(counts),
+                           config.baselines.processes)
+    beside = {name: {code: row[name] for code, row in rows.items()}
+              for name in ("xz_alone", "xz_given", "ngram")}
+  if before := subjects[0]["untrained"]:
+    columns["untrained"] = before
+  for subject in subjects:
+    pairs = outputs[subject["name"]]["bits_per_byte"][None]
+    columns[subject["name"]] = {item["language"]: answer for item, answer in pairs}
+  yield dict(
+      task="bits_per_byte", measure="bits per byte", better="lower", chance=None, signature=None,
+      note="held-out text, every row once; special tokens cost bits and count no bytes",
+      unit="bytes", counts=counts, few=FEW_BYTES, beside=beside,
+      columns={name: {code: column.get(code) for code in counts} for name, column in columns.items()})
+
+
+def _bytes(manifests):
+  """{language: validation bytes}, in the order of the languages table."""
+  return _summed(manifests, "bytes")
+
+
+def _fertility(manifests):
+  """{language: {"bytes_per_token", "tokens"}} of the validation rows: what the tokenizer costs."""
+  tokens = _summed(manifests, "tokens")
+  return {code: dict(bytes_per_token=size / tokens[code], tokens=tokens[code])
+          for code, size in _bytes(manifests).items() if tokens[code]}
+
+
+def _summed(manifests, field):
+  found = {}
+  for manifest in manifests:
+    found[manifest["language"]] = found.get(manifest["language"], 0) + manifest[field]
+  order = languages.select(("all",))
+  return {code: found[code] for code in (*order, *sorted(found.keys() - set(order))) if code in found}
+
+
+def _versions():
+  found = {}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
