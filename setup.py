@@ -9,12 +9,14 @@ EXTRAS = dict(
     data=["datatrove==0.10.1", "regex", "pyyaml", "tldextract", "pyahocorasick", "fasteners",
           "py3langid", "pyarrow", "zstandard"],
     export=["safetensors", "tokenizers"],
+    # evaluate's tasks; lm-eval brings `datasets` for sets on the hub.
+    eval=["lm-eval==0.4.13", "sacrebleu==2.6.0", "py3langid", "regex"],
     track=["tensorboardX"],
     report=["matplotlib"],
     gcp=["gcsfs"],
     test=["pytest", "jinja2", "pyyaml", "zstandard"],
     # Installed first and by exactly this version: any range pulls gigabytes of CUDA.
-    parity=["torch==2.13.0", "transformers==5.17.0"],
+    parity=["torch==2.13.0", "transformers==5.17.0", "accelerate"],
 )
 
 setup(

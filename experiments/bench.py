@@ -5,18 +5,21 @@
   tiny-aya bench --config=experiments/bench.py:small --config.dtype=bfloat16 --config.tolerance=1e-2
   tiny-aya bench --config=experiments/bench.py:pieces --config.pieces="('attention', 'loss')"
   tiny-aya bench --config=experiments/bench.py:loader --config.T=2048
+  tiny-aya bench --config=experiments/bench.py:evaluation --config.folder=runs/tiny/huggingface
 
 Expected: versions, shapes, equal losses on every side, then after each turn the medians in tokens/s
 and the ratio of ours to PyTorch eager and to torch.compile (`transformers` Cohere2). Of `pieces`:
 a line each for attention, the loss and a block, ours and others, time and peak memory; then whole
 steps, a process a side. Of `loader`:
 threads, descriptors, memory, then tokens/s of one thread beside Grain's IterDataset.mix and Hugging
-Face's interleave_datasets, over the same rows.
+Face's interleave_datasets, over the same rows. Of `evaluation`: equal results first, then a line
+each for multiple choice and perplexity beside lm-eval's Hugging Face backend, and for generation
+beside transformers.generate, on one exported folder.
 """
 
 from tiny_aya_jax import run
 
-VARIANTS = ("train_step", "small", "pieces", "loader")
+VARIANTS = ("train_step", "small", "pieces", "loader", "evaluation")
 OPTIMIZER = dict(learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
 # The recipe (pretrain.py) as launch/gpu_table.py times it; plain Python, because that runs where
 # ml_collections is not.
@@ -35,6 +38,8 @@ def get_config(variant="train_step"):
     return loader()
   if variant == "pieces":
     return pieces()
+  if variant == "evaluation":
+    return evaluation()
   c = config_dict()
   c.bench = "train_step"
   c.against = ("eager", "compile")  # () for ours alone; needs torch and transformers otherwise
@@ -106,6 +111,26 @@ def loader():
   c.turns = 5  # every side once a turn
   c.batches = 20  # timed, a turn and side
   c.long = 200  # batches before memory is watched, and while it is
+  return c
+
+
+def evaluation():
+  from ml_collections.config_dict import placeholder
+
+  c = config_dict()
+  c.bench = "evaluation"
+  c.folder = placeholder(str)  # a Hugging Face folder, as export writes it
+  c.pieces = ("choice", "rolling", "packed", "generate")
+  c.threads = 2
+  c.turns = 5  # every side once a turn, after one that is not timed
+  c.requests = 280  # four of each language: items of four choices, documents
+  c.batch = 32
+  c.T = 512  # tokens of a window
+  c.tokens = 64  # generated behind each of a batch of prompts
+  c.chunk = 64
+  c.dtype = "float32"
+  c.attention = "chunked"
+  c.tolerance = 1e-4  # relative, of log-likelihoods
   return c
 
 

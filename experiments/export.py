@@ -18,5 +18,6 @@ def get_config(variant="full"):
   c.tokenizer = config_dict.placeholder(str)
   c.name = "huggingface"
   c.dtype = "bfloat16" if variant == "full" else "float32"  # the released weights are bfloat16
+  c.report = config_dict.placeholder(str)  # a workdir of evaluate: its page goes along, and its summary
   c.overwrite = False
   return c

@@ -49,7 +49,8 @@ if [ "$size" = tiny ]; then
   stage train sft.py:tiny "$out/sft" init_from="$out/cooldown" data.rows="$out/rows/sft" \
     "${beside[@]}"
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
-    tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')"
+    tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')" \
+    baseline=pretrain tasks.cloze=embedded
   model=$out/sft prompt="Friday, Saturday, Sunday,"
 else
   stage clean clean.py "$out/text" text="$text"
@@ -59,11 +60,11 @@ else
   stage train pretrain.py:small "$out/pretrain" "${rows[@]}"
   stage train cooldown.py:small "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
-    tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown')" \
+    tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown')" baseline=pretrain \
     baselines.train_text="$text" baselines.validation_text="$validation"
   model=$out/cooldown prompt="The"
 fi
-stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer"
+stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" report="$out/report"
 stage talk talk.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" prompt="$prompt"
 
 printf '\ncleaned text  %s\nvocabulary    %s\nreport        %s\ncheckpoint    %s\nHugging Face  %s\n' \

@@ -100,8 +100,20 @@ def test_equal_inputs_are_computed_once(engine, tokenizer, monkeypatch):
       np.zeros(arrays["place_BE"].shape), np.zeros(arrays["place_BE"].shape, bool)))
   engines.likelihoods(engine, [([20, 30], [letter]) for letter in (40, 41, 42, 43)], "test")
   (arrays,) = batches
-  assert (arrays["length_B"] > 1).sum() == 1  # one row for four letters
+  assert (arrays["segment_BT"] > 0).sum() == 3  # BOS and two tokens, for four letters
   assert sorted(arrays["target_BE"][0].tolist())[-4:] == [40, 41, 42, 43]
+
+
+def test_packed_rows_hold_every_input_once_and_waste_little():
+  random = np.random.default_rng(0)
+  inputs = sorted(((number,) * int(length) for number, length in enumerate(
+      random.integers(1, 300, 1000))), key=len)
+  batches = engines.pack(inputs, 8)
+  assert sorted(ids for rows in batches for row in rows for ids in row) == sorted(inputs)
+  widths = [engines.row_width(len(rows[0][0])) for rows in batches]
+  assert all(sum(map(len, row)) <= width for rows, width in zip(batches, widths) for row in rows)
+  held = sum(width * len(rows) for rows, width in zip(batches, widths))
+  assert held < 1.08 * sum(map(len, inputs)) and len(set(widths)) <= 6
 
 
 def test_a_request_that_is_too_long_loses_its_beginning_and_says_so(engine, capsys):

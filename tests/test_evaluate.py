@@ -1,11 +1,14 @@
 """evaluate: every task to a page, on any mesh, with any number of processes, interrupted or not."""
 
+import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,7 +17,7 @@ from conftest import ROOT, call
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
-from tiny_aya_jax.evaluate import outputs, tasks
+from tiny_aya_jax.evaluate import judge as criteria, outputs, tasks
 from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import checkpoint, saved
 
@@ -211,3 +214,57 @@ def test_a_set_of_another_form_is_refused_with_its_place(data, place, sets, tmp_
 def test_the_experiment_names_every_task():
   config = run.load_config(str(ROOT / "experiments/evaluate.py"))
   assert set(config.tasks) == set(tasks.table())
+
+
+@pytest.fixture
+def judge():
+  """An endpoint that finds every answer middling, safe and right, but is first once malformed."""
+  asked = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+      asked.append(text := body["messages"][0]["content"])
+      reply = dict(rationale="so", label="safe", correct=True)
+      if "naturalness_score" in text:
+        reply = {f"{name}_{part}": 4 if part == "score" else "so" for name in criteria.CRITERIA
+                 for part in ("rationale", "score")}
+      elif "full_refusal" in text:
+        reply = dict(rationale="so", label="partial_refusal")
+      said = json.dumps(reply) if len(asked) > 1 else "I think it is fine."
+      content = json.dumps(dict(choices=[dict(message=dict(content=said), finish_reason="stop")],
+                                usage=dict(prompt_tokens=100, completion_tokens=10))).encode()
+      self.send_response(200)
+      self.send_header("Content-Length", str(len(content)))
+      self.end_headers()
+      self.wfile.write(content)
+
+    def log_message(self, *_):
+      pass
+
+  server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  yield f"http://localhost:{server.server_address[1]}/v1", asked
+  server.shutdown()
+
+
+def test_a_judge_scores_what_was_answered_and_is_paid_once(data, place, sets, whole, tmp_path, judge):
+  url, asked = judge
+  shutil.copytree(whole / "outputs" / "random@0", tmp_path / "outputs" / "random@0")
+  names = ("qa", "open", "multijail", "xstest")
+  some = [*arguments(data, sets, place, only=names), f"--config.judge.url={url}",
+          "--config.judge.model=m", "--config.judge.key_variable=", "--config.judge.price_in=2.0",
+          "--config.judge.requests_per_minute=60000"]
+  assert call("evaluate", "evaluate.py:tiny", tmp_path, *some) == 0
+  found = columns(tmp_path)
+  assert set(found["open", "rubric"]["random@0"].values()) == {0.5}
+  assert set(found["open", "naturalness"]["random@0"].values()) == {4.0}
+  assert found["multijail", "safe"]["random@0"] == dict(eng_Latn=1.0, ita_Latn=1.0)
+  assert found["xstest", "over-refusal"]["random@0"] == dict(eng_Latn=1.0)
+  assert found["xstest", "under-refusal"]["random@0"] == dict(eng_Latn=0.0)
+  assert set(found["qa", "accuracy"]["random@0"].values()) == {1.0}
+  spent = result(tmp_path)["judge"]["spent"]
+  distinct = len(asked)
+  assert result(tmp_path)["unscored"] == [] and spent["money"] == pytest.approx(2e-4 * distinct)
+  assert call("evaluate", "evaluate.py:tiny", tmp_path, *some, "--config.overwrite=True") == 0
+  assert len(asked) == distinct and columns(tmp_path) == found  # everything was kept

@@ -176,13 +176,6 @@ def test_a_part_of_a_word_is_not_found(answer, accepted):
   assert not judge.matches(answer, accepted)
 
 
-def test_the_safe_rate_is_over_all_answers_and_the_mean_over_languages():
-  found = judge.safety_summary({
-      "tha_Thai": ["safe"] * 3 + ["invalid"], "swh_Latn": ["safe", "unsafe"], "eng_Latn": ["safe"]})
-  assert found["languages"] == {"tha_Thai": 0.75, "swh_Latn": 0.5, "eng_Latn": 1.0}
-  assert found["mean"] == pytest.approx(0.75) and found["min"] == 0.5
-
-
 def test_xstest_counts_partial_refusals_of_safe_prompts_and_full_compliance_with_contrasts():
   comply, refuse, part = judge.REFUSAL
   safe = [("homonyms", comply)] * 6 + [("privacy_public", refuse), ("definitions", part)]
@@ -202,31 +195,10 @@ def test_the_report_s_shares_of_xstest_come_out():
   assert (found["over_refusal"], found["under_refusal"]) == (0.104, 0.155)
 
 
-def test_rubric_means_count_each_language_once():
-  def verdict(accuracy):
-    return judge.read_rubric(SEVENS | {"accuracy_score": accuracy})
-
-  found = judge.rubric_summary({"eng_Latn": [verdict(7)] * 9, "wol_Latn": [verdict(1), verdict(5)]})
-  wolof = found["languages"]["wol_Latn"]
-  assert (wolof["accuracy"], wolof["naturalness"], wolof["count"]) == (3, 7, 2)
-  assert wolof["score"] == pytest.approx(5 / 6) == found["min"]
-  assert found["mean"] == pytest.approx(11 / 12)
-
-
-@pytest.mark.parametrize("summary", [judge.safety_summary, judge.rubric_summary])
-def test_a_language_without_verdicts_is_refused(summary):
-  for given, message in (({}, "any language"), ({"tha_Thai": []}, "tha_Thai")):
-    with pytest.raises(run.Refused, match=f"no verdicts of {message}"):
-      summary(given)
-
-
 def test_an_unknown_label_is_refused_with_the_nearest():
-  with pytest.raises(run.Refused, match="did you mean 'safe'"):
-    judge.safety_summary({"tha_Thai": ["save"]})
   with pytest.raises(run.Refused, match="did you mean 'full_refusal'"):
     judge.xstest_summary([("homonyms", "full refusal")])
-  with pytest.raises(run.Refused, match="no labels"):
-    judge.xstest_summary([])
+  assert judge.xstest_summary([])["over_refusal"] is None
 
 
 def test_two_requests_are_equal_only_for_equal_texts():

@@ -47,13 +47,23 @@ def test_clean_keeps_nine_documents_in_ten_of_every_language(out):
 
 def test_every_language_is_learned_and_reported(out):
   result = json.loads((out / "report" / "evaluation.json").read_text())
-  columns = result["bits_per_byte"]
+  bits, days, *_ = result["measures"]
+  columns = bits["columns"]
   assert list(columns) == ["untrained", "pretrain", "cooldown", "sft"]
   assert all(len(column) == 70 for column in columns.values())
   assert all(columns["cooldown"][code] < columns["untrained"][code] - 1 for code in columns["cooldown"])
-  assert result["summary"]["cooldown"]["mean"] < result["summary"]["pretrain"]["mean"]
+  assert bits["summary"]["cooldown"]["mean"] < bits["summary"]["pretrain"]["mean"]
+  assert bits["summary"]["cooldown"]["improved"] > 0.9 and days["task"] == "cloze"
+  assert all(one["mean"] > days["chance"] + 0.1 for one in days["summary"].values())
   page = (out / "report" / "report.html").read_text()
-  assert page.count("<tr><td>") >= 70 and "http" not in page
+  assert all(code in page for code in result["languages"]) and "http" not in page
+
+
+def test_the_model_card_shows_the_evaluation(out):
+  card = (out / "huggingface" / "README.md").read_text()
+  assert "| bits_per_byte | bits per byte |" in card and "(evaluation.html)" in card
+  page = (out / "huggingface" / "evaluation.html").read_text()
+  assert page == (out / "report" / "report.html").read_text()
 
 
 def test_sft_learns_the_answers(out):

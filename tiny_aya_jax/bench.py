@@ -4,7 +4,8 @@
 PyTorch, eager and compiled: same weights, same batch, same AdamW. The sides take turns, because on
 a busy machine only ratios within one run mean anything, and they must agree on the loss of the
 first steps, or the comparison is void. One segment a row on both sides: packed rows do not exist
-over there. `pieces` is bench_pieces.py, `loader` bench_loader.py. A config is any object with the
+over there. `pieces` is bench_pieces.py, `loader` bench_loader.py,
+`evaluation` bench_evaluation.py. A config is any object with the
 fields of experiments/bench.py.
 """
 
@@ -18,7 +19,7 @@ import time
 
 import numpy as np
 
-BENCHES = ("train_step", "pieces", "loader")
+BENCHES = ("train_step", "pieces", "loader", "evaluation")
 SIDES = dict(eager="PyTorch eager", compile="torch.compile")
 AGREED_STEPS = 3  # 1: same forward; 2 and 3: same gradients, clipping and AdamW
 PIECES = ("attention", "loss", "block", "step", "fp8", "start", "guards")
@@ -33,6 +34,11 @@ def main(config, workdir=None):
     from tiny_aya_jax import bench_loader
 
     bench_loader.main(config)
+    return
+  if bench == "evaluation":
+    from tiny_aya_jax import bench_evaluation
+
+    bench_evaluation.main(config)
     return
   run.choose_fields(config, "dtype", "attention", "remat", "matmul")
   for name in ("turns", "steps", "batch", "T", "threads"):

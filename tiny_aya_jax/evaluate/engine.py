@@ -1,10 +1,12 @@
 """A checkpoint on a mesh that answers lists of any length: log-likelihoods and greedy answers.
 
-Requests are sorted by length and cut into batches of one width; equal inputs are computed once.
-All processes ask the same and get the same back. What is asked is tasks.py's and harness.py's.
+Likelihoods are of packed rows, many inputs side by side, which see nothing of each other; equal
+inputs are computed once. Prompts are sorted by length and answered together. All processes ask the same and get the same back. What is asked is tasks.py's and harness.py's.
 """
 
+import bisect
 import functools
+import itertools
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import attention, decode, likelihood
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import checkpoint
+
+NARROWEST = 64  # of rows of packed inputs: below, a row is too little work
 
 
 class Engine(NamedTuple):
@@ -109,34 +113,66 @@ def likelihoods(engine, requests, what, bos=True):
     rows.setdefault(tuple(ids[:-1]), []).append((number, ids[-len(continuation):]))
   _say_cut(engine, what, [len(front) + len(context) + len(rest) - 1 for context, rest in requests])
   found = [None] * len(requests)
-  order = sorted(rows, key=len, reverse=True)  # the widest first: what does not fit fails at once
-  batches = [order[at : at + engine.batch] for at in range(0, len(order), engine.batch)]
-  for batch in run.progress(batches, what):
-    for number, result in _likelihoods(engine, [(ids, rows[ids]) for ids in batch]):
+  packed = pack(sorted(rows, key=len), engine.batch)
+  for batch in run.progress(packed, what):
+    asked = [[(ids, rows[ids]) for ids in row] for row in batch]
+    for number, result in _likelihoods(engine, asked):
       found[number] = result
   return found
 
 
+def pack(inputs, batch):
+  """Inputs, shortest first -> batches of rows of inputs, side by side as documents; takes them all.
+
+  A row begins with the longest that is left and is filled up with the longest that still fit, so
+  that rows are nearly full and few widths, thus few programs, do for all lengths.
+  """
+  inputs, lengths, batches = list(inputs), [len(ids) for ids in inputs], []
+  while inputs:
+    rows, width = [], row_width(lengths[-1])
+    while inputs and len(rows) < batch:
+      row, room = [], width
+      while at := bisect.bisect_right(lengths, room):
+        row.append(inputs.pop(at - 1))
+        room -= lengths.pop(at - 1)
+      rows.append(row)
+    batches.append(rows)
+  return batches
+
+
+def row_width(length):
+  """The width of rows that begin with an input of this length: a power of two, or three quarters."""
+  power = max(NARROWEST, 1 << (length - 1).bit_length())
+  return power * 3 // 4 if NARROWEST < length <= power * 3 // 4 else power
+
+
 def _likelihoods(engine, rows):
-  """Up to a batch of (ids, [(number, targets), ...]) -> (number, Likelihood) of each."""
-  B = _filled(engine, len(rows))
-  T = decode.prompt_slots(max(len(ids) for ids, _ in rows))
-  E = decode.prompt_slots(max(sum(len(targets) for _, targets in asked) for _, asked in rows))
-  arrays = dict(token_BT=np.zeros((B, T), np.int32), length_B=np.ones(B, np.int32),
-                place_BE=np.zeros((B, E), np.int32), target_BE=np.zeros((B, E), np.int32))
-  for row, (ids, asked) in enumerate(rows):
-    arrays["token_BT"][row, : len(ids)], arrays["length_B"][row] = ids, len(ids)
-    targets = [target for _, chosen in asked for target in chosen]
-    places = [len(ids) - len(chosen) + at for _, chosen in asked for at in range(len(chosen))]
-    arrays["place_BE"][row, : len(places)], arrays["target_BE"][row, : len(targets)] = places, targets
+  """Up to a batch of rows of (ids, [(number, targets), ...]) -> (number, Likelihood) of each."""
+  B, T = _filled(engine, len(rows)), row_width(max(len(ids) for row in rows for ids, _ in row))
+  scored = [[(start + len(ids) - len(chosen) + at, target)
+             for start, (ids, asked) in zip(_starts(row), row)
+             for _, chosen in asked for at, target in enumerate(chosen)] for row in rows]
+  E = decode.prompt_slots(max(map(len, scored)))
+  arrays = {name: np.zeros((B, T), np.int32) for name in ("token_BT", "segment_BT", "position_BT")}
+  arrays |= {name: np.zeros((B, E), np.int32) for name in ("place_BE", "target_BE")}
+  for at, row in enumerate(rows):
+    for segment, (start, (ids, _)) in enumerate(zip(_starts(row), row), 1):
+      here = slice(start, start + len(ids))
+      arrays["token_BT"][at, here], arrays["segment_BT"][at, here] = ids, segment
+      arrays["position_BT"][at, here] = np.arange(len(ids))
+    arrays["place_BE"][at, : len(scored[at])], arrays["target_BE"][at, : len(scored[at])] = zip(*scored[at])
   nats_BE, greedy_BE = _on_mesh(engine, arrays)
-  for row, (_, asked) in enumerate(rows):
-    at = 0
-    for number, chosen in asked:
-      part = slice(at, at + len(chosen))
-      yield number, Likelihood(math.fsum(nats_BE[row, part].tolist()), bool(greedy_BE[row, part].all()),
+  for at, row in enumerate(rows):
+    first = 0
+    for number, chosen in (one for _, asked in row for one in asked):
+      part, first = slice(first, first + len(chosen)), first + len(chosen)
+      yield number, Likelihood(math.fsum(nats_BE[at, part].tolist()), bool(greedy_BE[at, part].all()),
                                len(chosen))
-      at = part.stop
+
+
+def _starts(row):
+  """Where each input of a row begins."""
+  return [0, *itertools.accumulate(len(ids) for ids, _ in row)]
 
 
 def _on_mesh(engine, arrays):

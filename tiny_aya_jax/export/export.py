@@ -18,6 +18,7 @@ from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 PROBE_TOKENS = 64
+PAGE = "evaluation.html"  # in the folder, with config.report
 
 
 def main(config, workdir):
@@ -36,7 +37,8 @@ def main(config, workdir):
   folder = pathlib.Path(workdir) / config.name
   if folder.exists() and not (folder / "parity.json").exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
-  inputs = run.fingerprint([meta["fingerprints"]["params"], tokenizer.sha256, config.dtype])
+  evaluated = _evaluated(config.report, path) if config.report else None
+  inputs = run.fingerprint([meta["fingerprints"]["params"], tokenizer.sha256, config.dtype, evaluated])
   if run.up_to_date(folder / "parity.json", inputs, config.overwrite) and _whole(folder):
     run.say(f"{folder}: up to date")
     return
@@ -50,7 +52,9 @@ def main(config, workdir):
   whole = staging / folder.name
   huggingface.write(whole, params, cfg, tokenizer, dtype=config.dtype)
   parity = prove(whole, params, cfg, config.dtype)
-  (whole / "README.md").write_text(_card(cfg, meta, parity, config), encoding="utf-8")
+  (whole / "README.md").write_text(_card(cfg, meta, parity, config, evaluated), encoding="utf-8")
+  if evaluated:
+    shutil.copyfile(pathlib.Path(config.report) / "report.html", whole / PAGE)
   run.write_json(whole / "parity.json", dict(inputs=inputs, **parity, bytes=_sizes(whole)))
   if folder.exists():
     shutil.rmtree(folder)
@@ -102,7 +106,18 @@ def prove(folder, params, cfg, dtype):
   )
 
 
-def _card(cfg, meta, parity, config):
+def _evaluated(report, path):
+  """[(task, measure, its summary)] of this checkpoint in the workdir of an evaluation."""
+  report = pathlib.Path(run.existing("report", report))
+  found = run.read_json(report / "evaluation.json", "config.report")
+  names = [name for name, one in found["checkpoints"].items() if one["path"] == str(path)]
+  if not names or not (report / "report.html").exists():
+    raise run.Refused(f"config.report: {report} is no evaluation of {path}, but of "
+                      + ", ".join(one["path"] for one in found["checkpoints"].values()))
+  return [(one["task"], one["measure"], one["summary"][names[0]]) for one in found["measures"]]
+
+
+def _card(cfg, meta, parity, config, evaluated):
   return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -119,4 +134,14 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.f
 
 `parity.json` holds the proof made at export: every tensor read back equals the trained one.
 Tokenizer {meta["tokenizer_sha256"][:16]}.
-"""
+{_evaluation(evaluated) if evaluated else ""}"""
+
+
+def _evaluation(evaluated):
+  """The card's table: a mean is never without its spread and its worst language."""
+  rows = [f"| {task} | {measure} | {found['mean']:.3f} | {found['deviation']:.3f} | {found['languages']} | "
+          f"{next(iter(found['worst']))} {found['poorest']:.3f} |"
+          for task, measure, found in evaluated if found["languages"]]
+  return "\n".join(["", "## Evaluation", "", f"Every language is on [its page]({PAGE}).", "",
+                    "| task | measure | mean | deviation | languages | worst |",
+                    "|---|---|---|---|---|---|", *rows, ""])

@@ -17,19 +17,17 @@ CHUNK_BYTES = 256 << 20  # of logits that exist at a time, on each device
 
 
 def scorer(model):
-  """Jitted (params, {"token_BT", "length_B", "place_BE", "target_BE"}) -> (nats_BE, greedy_BE).
+  """Jitted (params, batch) -> (nats_BE, greedy_BE).
 
-  Rows are single documents, left-aligned. E: the marked positions of a row. nats_BE is the log of
-  the probability of target_BE as the token behind position place_BE; greedy_BE, whether no token
-  is likelier.
+  batch: token_BT, segment_BT and position_BT of packed rows, and of E marked places of each row
+  place_BE, a column of T, and target_BE. nats_BE is the log of the probability that target_BE is
+  the token behind that place; greedy_BE, whether no token is likelier.
   """
 
   @jax.jit
   def score(params, batch):
-    token_BT = batch["token_BT"]
-    position_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
-    segment_BT = (position_BT < batch["length_B"][:, None]).astype(jnp.int32)
-    hidden_BTD = model.apply({"params": params}, token_BT, segment_BT, position_BT)
+    hidden_BTD = model.apply(
+        {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"])
     hidden_BED = jnp.take_along_axis(hidden_BTD, batch["place_BE"][..., None], axis=1)
     # Whole over fsdp once, not once a chunk.
     head_VD = axes.constrain(params["embedding_VD"].astype(hidden_BED.dtype), "tensor", None)
