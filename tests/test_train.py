@@ -463,3 +463,14 @@ def test_show_prints_rows_and_trains_nothing(data, tmp_path, capsys):
   shown = capsys.readouterr().out
   assert shown.count("/embedded") >= 3 or shown.count("_Latn") + shown.count("_Deva") >= 3
   assert not (tmp_path / "shown").exists()
+
+
+def test_an_evaluation_within_training_says_what_its_mean_hides(whole):
+  first, *_, last = [row for row in run.read_lines(whole / "metrics.jsonl") if "evaluation" in row]
+  assert first["step"] == 0 and first["summary"]["improved"] is None
+  values = {code: entry["bits_per_byte"] for code, entry in last["evaluation"].items()}
+  before = {code: entry["bits_per_byte"] for code, entry in first["evaluation"].items()}
+  assert last["summary"]["improved"] == np.mean([values[code] < before[code] for code in values])
+  assert list(last["summary"]["worst"])[0] == max(values, key=values.get)
+  assert last["summary"]["by"]["region"].keys() == {"Europe", "West Asia", "South Asia", "Africa"}
+  assert last["summary"]["deviation"] == pytest.approx(np.std(list(values.values())))

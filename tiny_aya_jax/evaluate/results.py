@@ -1,6 +1,7 @@
 """What evaluation.json holds: measures per language made of outputs, rolled up; no jax."""
 
 import importlib.metadata
+import math
 import time
 
 from tiny_aya_jax import languages
@@ -30,6 +31,8 @@ def of(subjects, work, outputs, tools, judge, config):
   order = {code for measure in measures for column in measure["columns"].values() for code in column}
   known = [code for code in languages.select(("all",)) if code in order]
   for measure in measures:
+    measure["columns"] = {name: {code: _finite(value) for code, value in column.items()}
+                          for name, column in measure["columns"].items()}
     measure["summary"] = {
         name: rollups.summary(column, measure["better"], measure["columns"].get(config.baseline))
         for name, column in measure["columns"].items()}
@@ -43,6 +46,11 @@ def of(subjects, work, outputs, tools, judge, config):
       unscored=unscored, versions=_versions(),
       time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
   )
+
+
+def _finite(value):
+  """JSON has no NaN: what a model that has diverged gives is missing."""
+  return value if value is not None and math.isfinite(value) else None
 
 
 def _measures(name, found, items, few):

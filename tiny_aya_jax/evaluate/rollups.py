@@ -1,5 +1,6 @@
 """What averages hide: facts of a language, and a column of figures rolled up. No page, no file."""
 
+import math
 import statistics
 
 from tiny_aya_jax import languages, run
@@ -29,7 +30,7 @@ def tier(fineweb_bytes):
 
 
 def summary(column, better, baseline=None):
-  """{code: value or None} -> dict, all over the languages that have a value, each counted once:
+  """{code: value or None} -> dict, all over the languages that have a finite one, each counted once:
 
   languages, missing, mean, deviation (of the population), poorest (the value furthest from
   `better`, 'lower' or 'higher'), worst {code: value} (five, poorest first), improved (share of the
@@ -38,7 +39,7 @@ def summary(column, better, baseline=None):
   """
   if better not in ("lower", "higher"):
     raise ValueError(f"better is {better!r}, expected 'lower' or 'higher'")
-  present = {code: value for code, value in column.items() if value is not None}
+  present = {code: value for code, value in column.items() if value is not None and math.isfinite(value)}
   order = sorted(present, key=present.get, reverse=better == "lower")
   return dict(
       languages=len(present),

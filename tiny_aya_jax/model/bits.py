@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tiny_aya_jax import axes
 from tiny_aya_jax.model import losses
@@ -69,11 +68,3 @@ def evaluate(score, params, batches, mesh, languages):
       language: entry | dict(bits_per_byte=entry["nats"] / math.log(2) / max(entry["bytes"], 1))
       for language, entry in sums.items()
   }
-
-
-def summary(languages):
-  """Mean, worst and best language of `evaluate`'s result: averages hide what this is for."""
-  values = {name: entry["bits_per_byte"] for name, entry in languages.items()}
-  order = sorted(values, key=values.get)
-  return dict(mean=float(np.mean(list(values.values()))), best=order[0], worst=order[-1],
-              lowest=values[order[0]], highest=values[order[-1]])

@@ -13,6 +13,7 @@ import jax
 
 from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import loader
+from tiny_aya_jax.evaluate import rollups
 from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import bits
 from tiny_aya_jax.train import metrics
@@ -36,11 +37,14 @@ def evaluation(config, workdir, mesh, model, validation, tokenizer):
     rows = config.data.batch // config.accumulate  # at once: what fits when training fits here
     batches = loader.every_row_once(validation, rows, axes.process_part(mesh))
     found = bits.evaluate(score, params, batches, mesh, languages)
-    summary = bits.summary(found)
+    column = {language: entry["bits_per_byte"] for language, entry in found.items()}
+    summary = rollups.summary(column, "lower", metrics.first_evaluation(workdir))
     writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
                   "summary": summary})
-    run.say("bits per byte: mean {mean:.4f}, {best} {lowest:.3f} .. {worst} {highest:.3f}".format(
-        **summary))
+    best, worst = min(column, key=column.get), max(column, key=column.get)
+    run.say(f"bits per byte: mean {summary['mean']:.4f} +- {summary['deviation']:.3f}, "
+            f"{best} {column[best]:.3f} .. {worst} {column[worst]:.3f}"
+            if not summary["missing"] else f"bits per byte: {summary['missing']} are not finite")
 
   def due(start, at):
     return at == start + config.steps or (at - start) % config.evaluate_every == 0

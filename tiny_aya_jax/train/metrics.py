@@ -112,6 +112,14 @@ def evaluated(workdir, step):
   return any("evaluation" in row and row["step"] == step for row in rows)
 
 
+def first_evaluation(workdir):
+  """{language: bits per byte} of the first evaluation in a workdir's metrics; None if there is none."""
+  for row in run.read_lines(pathlib.Path(workdir) / "metrics.jsonl"):
+    if "evaluation" in row:
+      return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}
+  return None
+
+
 def window(sources, *reports):
   """Reports of consecutive steps (step.train_step) -> (what a line says of them, skipped).
 
