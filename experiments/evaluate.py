@@ -33,7 +33,10 @@ def get_config(variant="full"):
   c.tokens = config_dict.placeholder(int)  # most of an answer; absent: each task's own (tasks.py)
   c.T = config_dict.placeholder(int)  # most tokens of a request; absent: the checkpoint's own
   c.harness = ConfigDict(dict(  # tasks of lm-evaluation-harness
-      tasks=(), shots=0, chat=False,  # names of tasks or groups; chat: turns of a conversation
+      tasks=(),  # names of tasks or groups
+      shots=config_dict.placeholder(int),  # examples in front; absent: the task's own
+      chat=False,  # turns of a conversation
+      greedy=False,  # also where a task samples; False refuses such a task
       folder=config_dict.placeholder(str),  # of YAML files of your own
   ))
   c.identifier = "py3langid"  # of languages in answers; or a fastText model file
@@ -41,6 +44,7 @@ def get_config(variant="full"):
   c.judge = ConfigDict(dict(  # any OpenAI-compatible endpoint; its answers are kept and paid once
       url=config_dict.placeholder(str), model="", key_variable="OPENAI_API_KEY", concurrency=8,
       requests_per_minute=500, timeout_seconds=120, attempts=5, price_in=0.0, price_out=0.0,
+      body="{}",  # JSON: further fields of a request, or null to leave one of ours out
   ))
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
   c.batch = 32  # rows at a time

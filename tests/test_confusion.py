@@ -112,7 +112,8 @@ def test_shares_are_over_answers_that_have_a_line_that_counts():
       "Oui.",  # not judged
   )
   assert found == dict(
-      lpr=pytest.approx(1 / 3), accuracy=0.5, wpr=None, answers=4, judged=3, unsupported=False)
+      lpr=pytest.approx(1 / 3), accuracy=0.5, wpr=None, answers=4, judged=3, passed=1,
+      unsupported=False)
 
 
 def test_english_words_count_only_in_answers_whose_lines_are_all_right():
@@ -138,13 +139,15 @@ def test_a_language_without_a_label_is_unsupported_and_not_zero():
   found = confusion.score(
       [("wol_Latn", line("fr")), ("fra_Latn", line("fr"))], identify=Told(), english=ENGLISH)
   assert found["wol_Latn"] == dict(
-      lpr=None, accuracy=None, wpr=None, answers=1, judged=0, unsupported=True)
+      lpr=None, accuracy=None, wpr=None, answers=1, judged=0, passed=0,
+      unsupported=True)
   assert found["fra_Latn"]["lpr"] == 1 and not found["fra_Latn"]["unsupported"]
 
 
 def test_where_nothing_is_judged_shares_are_one_and_the_count_says_so():
   assert score("Oui.", code="rus_Cyrl", english=ENGLISH) == dict(
-      lpr=1.0, accuracy=1.0, wpr=1.0, answers=1, judged=0, unsupported=False)
+      lpr=1.0, accuracy=1.0, wpr=1.0, answers=1, judged=0, passed=0,
+      unsupported=False)
 
 
 def test_an_unknown_language_is_refused_and_an_ambiguous_one_with_both_names():

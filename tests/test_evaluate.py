@@ -192,13 +192,21 @@ def test_the_same_is_up_to_date_and_more_is_refused_until_it_is_meant(
     (("--config.judge.url=localhost", "--config.judge.model=m", "--config.judge.key_variable="), "http"),
     (("--config.harness.shots=-1",), "config.harness.shots is -1"),
     (("--config.harness.tasks=('belebele_deu_Lat',)",), "unknown config.harness.tasks"),
-    (("--config.batch=12",), "12 rows does not split over 8 devices"),
+    (("--config.judge.url=http://localhost:1", "--config.judge.model=m", "--config.judge.key_variable=",
+      "--config.judge.attempts=1"), "config.judge does not answer"),
+    (("--config.judge.url=http://localhost:1", "--config.judge.body=[]"), "expected a JSON object"),
+    (("--config.tasks.xstest=SETS/xstest", "--config.languages=('deu_Latn',)"), "has no items"),
+    (("--config.baseline=untrained",), "unknown config.baseline"),
+    (("--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.batch=8", "--config.mesh.data=-1",
+      "--config.attention=splash"), "a kernel for TPUs"),
+    (("--config.batch=12",), "12 rows does not split over 8 devices of data and fsdp"),
     (("--config.tokens=97",), "take more than half"),
 ])
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     data, place, sets, tmp_path, capsys, monkeypatch, fields, said):
   monkeypatch.setattr(outputs.engines, "load", lambda *_: pytest.fail("loaded"))
   some = arguments(data, sets, place, only=("belebele", "mgsm"))
+  fields = [field.replace("SETS", str(sets)) for field in fields]
   assert call("evaluate", "evaluate.py:tiny", tmp_path / "w", *some, *fields) == 65
   assert re.search(said, capsys.readouterr().err)
   assert not (tmp_path / "w" / "evaluation.json").exists()
@@ -216,22 +224,44 @@ def test_the_experiment_names_every_task():
   assert set(config.tasks) == set(tasks.table())
 
 
+def test_tasks_of_lm_eval_stand_beside_ours_and_are_asked_again_when_their_file_changes(
+    data, place, tmp_path, capsys):
+  folder = tmp_path / "tasks"
+  lines(folder / "days.jsonl", dict(q="Montag", a=["Dienstag", "x"], label=0), dict(q="a", a=["b", "c"], label=1))
+  for code in ("deu_Latn", "hin_Latn", "hin_Deva"):
+    (folder / f"days_{code}.yaml").write_text(
+        f"task: days_{code}\ntag: days\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'days.jsonl'}}}}}\ndoc_to_text: '{{{{q}}}}'\n"
+        "doc_to_choice: '{{a}}'\ndoc_to_target: '{{label}}'\nmetric_list: [{metric: acc}]\n")
+  some = [f"--config.checkpoints={(str(place),)}", f"--config.tokenizer={data / 'tokenizer.model'}",
+          "--config.batch=8", "--config.harness.tasks=('days',)", f"--config.harness.folder={folder}"]
+  assert call("evaluate", "evaluate.py:tiny", tmp_path / "w", *some) == 0
+  found = columns(tmp_path / "w")["lm-eval days", "acc"]["random@0"]
+  assert found.keys() == {"deu_Latn", "hin_Deva"} and found["deu_Latn"] == found["hin_Deva"]
+  assert result(tmp_path / "w")["measures"][0]["counts"] == dict(deu_Latn=2, hin_Deva=2)
+  changed = folder / "days_deu_Latn.yaml"
+  changed.write_text(changed.read_text().replace("{{q}}", "{{q}} {{q}}"))
+  assert call("evaluate", "evaluate.py:tiny", tmp_path / "w", *some) == 65
+  assert "made from other inputs" in capsys.readouterr().err
+
+
 @pytest.fixture
 def judge():
-  """An endpoint that finds every answer middling, safe and right, but is first once malformed."""
+  """An endpoint that finds every answer middling, safe and right, but is once malformed."""
   asked = []
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
       body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
       asked.append(text := body["messages"][0]["content"])
+      assert body["top_k"] == 3 and "max_tokens" not in body  # config.judge.body
       reply = dict(rationale="so", label="safe", correct=True)
       if "naturalness_score" in text:
         reply = {f"{name}_{part}": 4 if part == "score" else "so" for name in criteria.CRITERIA
                  for part in ("rationale", "score")}
       elif "full_refusal" in text:
         reply = dict(rationale="so", label="partial_refusal")
-      said = json.dumps(reply) if len(asked) > 1 else "I think it is fine."
+      said = json.dumps(reply) if len(asked) != 2 else "I think it is fine."
       content = json.dumps(dict(choices=[dict(message=dict(content=said), finish_reason="stop")],
                                 usage=dict(prompt_tokens=100, completion_tokens=10))).encode()
       self.send_response(200)
@@ -254,7 +284,8 @@ def test_a_judge_scores_what_was_answered_and_is_paid_once(data, place, sets, wh
   names = ("qa", "open", "multijail", "xstest")
   some = [*arguments(data, sets, place, only=names), f"--config.judge.url={url}",
           "--config.judge.model=m", "--config.judge.key_variable=", "--config.judge.price_in=2.0",
-          "--config.judge.requests_per_minute=60000"]
+          "--config.judge.requests_per_minute=60000",
+          '--config.judge.body={"top_k": 3, "max_tokens": null}']
   assert call("evaluate", "evaluate.py:tiny", tmp_path, *some) == 0
   found = columns(tmp_path)
   assert set(found["open", "rubric"]["random@0"].values()) == {0.5}
@@ -263,6 +294,7 @@ def test_a_judge_scores_what_was_answered_and_is_paid_once(data, place, sets, wh
   assert found["xstest", "over-refusal"]["random@0"] == dict(eng_Latn=1.0)
   assert found["xstest", "under-refusal"]["random@0"] == dict(eng_Latn=0.0)
   assert set(found["qa", "accuracy"]["random@0"].values()) == {1.0}
+  assert set(found["qa", "unjudged"]["random@0"].values()) == {0.0}
   spent = result(tmp_path)["judge"]["spent"]
   distinct = len(asked)
   assert result(tmp_path)["unscored"] == [] and spent["money"] == pytest.approx(2e-4 * distinct)

@@ -11,15 +11,22 @@ from tiny_aya_jax import run
 from tiny_aya_jax.evaluate import formats
 
 
-@pytest.mark.parametrize("name, code", [
-    ("deu_Latn.jsonl.gz", "deu_Latn"), ("mgsm_bn.tsv", "ben_Beng"), ("et/test.et.jsonl", "ekk_Latn"),
-    ("zho_Hant", "cmn_Hant"), ("zho_Hans.jsonl", "cmn_Hans"), ("mgsm_zh.tsv", "cmn_Hans"),
-    ("sw", "swh_Latn"), ("eng_latn", "eng_Latn"), ("xcopa/ht/test.ht.jsonl", None),
-    ("exemplars.json", None), ("de/test.jsonl", "deu_Latn"), ("Nigerian Pidgin", "pcm_Latn"),
-    ("include_base_44_swahili.csv", "swh_Latn"), ("DOCUMENT_IDS.tsv", None), ("fil_Latn.txt", "fil_Latn"),
+@pytest.mark.parametrize("name, code, variety", [
+    ("deu_Latn.jsonl.gz", "deu_Latn", ""), ("mgsm_bn.tsv", "ben_Beng", ""),
+    ("et/test.et.jsonl", "ekk_Latn", ""), ("zho_Hant", "cmn_Hant", ""), ("zho_Hans.jsonl", "cmn_Hans", ""),
+    ("mgsm_zh.tsv", "cmn_Hans", ""), ("sw", "swh_Latn", ""), ("eng_latn", "eng_Latn", ""),
+    ("de/test.jsonl", "deu_Latn", ""), ("Nigerian Pidgin", "pcm_Latn", ""),
+    ("include_base_44_swahili.csv", "swh_Latn", ""), ("devtest/fil_Latn.devtest", "fil_Latn", ""),
+    ("yue_Hant.devtest", "yue_Hani", ""), ("amh/test.parquet", "amh_Ethi", ""),
+    # a variety is one of its language; another script or region is not the language
+    ("por_latn_braz", "por_Latn", "braz"), ("cat_Latn_vale1252", "cat_Latn", "vale1252"),
+    ("en-fr_CA", "fra_Latn", "CA"), ("en-pt_BR.jsonl", "por_Latn", "BR"), ("ref.zho-TW.txt", "cmn_Hant", ""),
+    ("hin_Latn.jsonl", None, ""), ("arb_Latn", None, ""), ("srp_latn", None, ""), ("npi_Latn", None, ""),
+    ("translation-et", None, ""), ("xcopa/ht/test.ht.jsonl", None, ""), ("exemplars.json", None, ""),
+    ("DOCUMENT_IDS.tsv", None, ""), ("qa_no_context.jsonl", None, ""), ("blimp_wh_vs_that_no_gap", None, ""),
 ])
-def test_the_language_of_a_file_is_in_its_name_or_its_folders(name, code):
-  assert formats.code_of(name) == code
+def test_the_language_of_a_file_is_in_its_name_or_its_folders(name, code, variety):
+  assert formats.language_of(name) == (code, variety)
 
 
 def write(folder, name, content):
@@ -41,11 +48,30 @@ def test_files_of_other_splits_and_other_languages_are_left_out(tmp_path, capsys
   write(tmp_path, "ht/test.ht.jsonl", lines(dict(x=5)))
   assert formats.by_language(tmp_path) == dict(
       deu_Latn=[dict(x=3), dict(x=4)], ekk_Latn=[dict(x=2)])
-  assert "1 parts are in none of the 70 languages and are left out: ht/test.ht.jsonl" in (
-      capsys.readouterr().out)
+  assert "1 parts are left out" in (said := capsys.readouterr().out) and "ht/test.ht.jsonl" in said
   assert list(formats.by_language(tmp_path, {"ekk_Latn"})) == ["ekk_Latn"]
   with pytest.raises(run.Refused, match="no records in a language that is asked for"):
     formats.by_language(tmp_path, {"fra_Latn"})
+
+
+def test_numbered_files_are_one_part_and_a_second_variety_is_left_out(tmp_path, capsys):
+  for name, value in (("deu_Latn-00000-of-00002.jsonl", 1), ("deu_Latn-00001-of-00002.jsonl", 2),
+                      ("por_Latn_braz.jsonl", 3), ("por_Latn_port.jsonl", 4), ("fra_Latn_cana.jsonl", 5),
+                      ("fra_Latn.jsonl", 6), ("hin_Latn.jsonl", 7)):
+    write(tmp_path, name, lines(dict(x=value)))
+  assert formats.by_language(tmp_path) == dict(
+      fra_Latn=[dict(x=6)], por_Latn=[dict(x=3)], deu_Latn=[dict(x=1), dict(x=2)])
+  said = capsys.readouterr().out
+  assert "3 parts are left out" in said and "hin_Latn" in said and "por_Latn_port" in said
+
+
+def test_a_language_may_be_a_field_of_the_record(tmp_path):
+  write(tmp_path, "dolly.jsonl", lines(dict(x=1, language="deu"), dict(x=2, language="arb", script="Latn"),
+                                       dict(x=3, language="zho", script="Hant"), dict(x=4, language="xxx")))
+  assert {code: [row["x"] for row in rows] for code, rows in formats.by_language(tmp_path).items()} == dict(
+      deu_Latn=[1], cmn_Hant=[3])
+  write(tmp_path / "one", "set.jsonl", lines(dict(x=1)))
+  assert formats.by_language(tmp_path / "one", otherwise="eng_Latn") == dict(eng_Latn=[dict(x=1)])
 
 
 @pytest.mark.parametrize("name, content, rows", [
@@ -85,14 +111,19 @@ def test_a_set_on_the_hub_is_read_by_its_subsets(monkeypatch):
   asked = []
 
   def load(name, subset, split):
-    asked.append((name, subset, split))
+    if subset != "ht":
+      asked.append((name, subset, split))
     return [dict(x=subset)]
 
   hub = types.SimpleNamespace(get_dataset_config_names=lambda name: ["deu_Latn", "ht"], load_dataset=load)
   monkeypatch.setitem(sys.modules, "datasets", hub)
   assert formats.by_language("hf://facebook/belebele") == dict(deu_Latn=[dict(x="deu_Latn")])
   assert formats.by_language("hf://facebook/belebele@dev", {"deu_Latn"})
-  assert asked == [("facebook/belebele", "deu_Latn", "test"), ("facebook/belebele", "deu_Latn", "dev")]
+  assert formats.by_language("hf://facebook/belebele/deu_*@dev", {"deu_Latn"})
+  assert asked[:2] == [("facebook/belebele", "deu_Latn", "test"), ("facebook/belebele", "deu_Latn", "dev")]
+  assert asked[2] == asked[1] and len(asked) == 3
+  with pytest.raises(run.Refused, match="has no subset fra_"):
+    formats.by_language("hf://facebook/belebele/fra_*")
 
 
 def test_a_hub_that_cannot_be_read_is_refused(monkeypatch):
@@ -122,15 +153,27 @@ def test_choices_of_every_published_form():
   assert list(formats.xcopa([row | dict(question="cause")], "eng_Latn")) == [
       dict(context="Es regnete because", choices=["sie ging.", "er kam."], answer=0)]
   assert next(formats.xcopa([row | dict(question="effect")], "tur_Latn"))["context"].endswith("bu yüzden")
-  with pytest.raises(run.Refused, match="2 choices has answer 2"):
-    list(formats.cloze([dict(context="c", choices=["a", "b"], answer=2)]))
+  row = dict(premise="Yağdı。", choice1=" Insan", choice2="İyi", question="cause", label=1)
+  assert next(formats.xcopa([row], "tur_Latn"))["choices"] == ["ınsan", "iyi"]
+  assert next(formats.xcopa([row], "cmn_Hans"))["context"] == "Yağdı因为"
+  for wrong in (dict(choices=["a", "b"], answer=2), dict(choices=["a", ""], answer=0),
+                dict(choices=["a"], answer=0), dict(choices=list("abcdefghi"), answer=0)):
+    with pytest.raises(run.Refused, match="expected 2 to 8 that say something"):
+      list(formats.cloze([dict(context="c", **wrong)]))
 
 
 def test_questions_of_every_published_form(tmp_path):
-  assert list(formats.mgsm([{"0": "Q", "1": "18"}, dict(question="Q", answer_number=18)])) == 2 * [
-      dict(question="Q", expected="18")]
-  blend = dict(a=dict(question="Q", annotations=[dict(answers=["x"], en_answers=["y"])]),
-               b=dict(question="R", annotations=[]))
+  rows = [{"0": "Q", "1": "18"}, dict(question="Q", answer_number=18.0), dict(question="Q", answer="18 ")]
+  assert list(formats.mgsm(rows)) == 3 * [dict(question="Q", expected="18")]
+  with pytest.raises(KeyError):
+    list(formats.mgsm([dict(query="Q", target=1)]))
+  with pytest.raises(run.Refused, match="expected texts"):
+    list(formats.qa([dict(question="Q", answers=dict(text=["x"], answer_start=[3]))]))
+  assert list(formats.qa([dict(question="Q", answers=[1990])])) == [dict(prompt="Q", accepted=["1990"])]
+  said = [dict(answers=["x"], en_answers=["y"])]
+  blend = dict(a=dict(question="Q", annotations=said, idks={"idk": 1}),
+               b=dict(question="R", annotations=[]),
+               c=dict(question="S", annotations=said, idks={"no-answer": 2, "not-applicable": 1}))
   write(tmp_path, "Ethiopia_data.json", json.dumps(blend))
   write(tmp_path, "Assam_data.json", json.dumps(blend))
   found = formats.blend(tmp_path)
@@ -157,5 +200,10 @@ def test_aligned_lines_are_pairs_and_others_are_refused(tmp_path):
   assert list(formats.parallel(tmp_path, "eng_Latn", {"deu_Latn"})) == ["deu_Latn"]
   with pytest.raises(run.Refused, match="fra_Latn has 1 lines and eng_Latn 2"):
     formats.parallel(tmp_path, "eng_Latn")
+  with pytest.raises(KeyError):
+    formats.parallel(write(tmp_path / "x", "deu_Latn.jsonl", lines(dict(query="x"))).parent, "deu_Latn")
+  write(tmp_path / "wmt", "en-de_DE.jsonl", lines(dict(source="one", target="eins", is_bad_source=False),
+                                                  dict(source="?", target="?", is_bad_source=True)))
+  assert formats.parallel(tmp_path / "wmt", "eng_Latn") == dict(deu_Latn=[dict(source="one", reference="eins")])
   with pytest.raises(run.Refused, match="no file in tur_Latn"):
     formats.parallel(tmp_path, "tur_Latn", {"deu_Latn"})

@@ -109,11 +109,41 @@ def test_turns_become_the_ids_that_training_saw(engine):
     lm.apply_chat_template([dict(role="assistant", content="x")])
 
 
-def test_a_task_that_samples_is_refused(engine):
+def test_a_task_that_samples_or_asks_for_too_much_is_refused(engine):
   from lm_eval.api.instance import Instance
 
   from tiny_aya_jax.evaluate import harness
 
-  request = Instance("generate_until", {}, ("Montag", dict(until=["a"], do_sample=True, temperature=0.8)), 0)
-  with pytest.raises(run.Refused, match="samples its answers"):
-    harness.Harness(engine).generate_until([request])
+  for settings, said in ((dict(do_sample=True, temperature=0.8), "samples its answers"),
+                         (dict(max_gen_toks=21), "21 tokens, more than half of 40")):
+    request = Instance("generate_until", {}, ("Montag", dict(until=["a"], **settings)), 0)
+    with pytest.raises(run.Refused, match=said):
+      harness.Harness(engine).generate_until([request])
+
+
+@pytest.mark.parametrize("task, named", [
+    ("belebele_deu_Latn", ("belebele", "deu_Latn")), ("belebele_hin_Latn", None), ("belebele", None),
+    ("mgsm_direct_de", ("mgsm_direct", "deu_Latn")), ("global_mmlu_full_yo", ("global_mmlu_full", "yor_Latn")),
+    ("global_mmlu_full_yo_stem", None), ("global_mmlu_full_yo_virology", None),
+    ("include_base_44_hindi", ("include_base_44", "hin_Deva")), ("blimp_npi_present_1", None),
+    ("include_base_44_hindi_few_shot_en", ("include_base_44_few_shot_en", "hin_Deva")),
+    ("global_piqa_completions_por_latn_braz", None), ("afrimgsm_direct_swa_prompt_1", None),
+])
+def test_the_language_of_a_task_is_at_the_end_of_its_name(task, named):
+  from tiny_aya_jax.evaluate import harness
+
+  assert harness.named_language(task) == named
+
+
+def test_a_token_that_would_reach_over_the_cut_loses_nothing(engine):
+  from tiny_aya_jax.evaluate import harness
+
+  lm, found = harness.Harness(engine), 0
+  tokenizer = engine.tokenizer
+  for one in DAYS:
+    for at in range(1, len(one)):
+      before, rest = engines.pair(tokenizer, one[:at], one[at:])
+      assert tokenizer.decode([*before, *rest]) == one and rest
+      found += tokenizer.encode(one)[: len(before)] != before
+      assert lm._encode_pair(one[:at], one[at:])[1]
+  assert found

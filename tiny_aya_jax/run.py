@@ -301,7 +301,8 @@ def end_with():
 def say(*words):
   """Prints one line at once; only process 0 speaks. A log on a full disk is no reason to end."""
   jax = sys.modules.get("jax")
-  if jax is None or jax.process_index() == 0:
+  # To ask a process for its number starts its devices, and before it has joined others it must not.
+  if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
     with contextlib.suppress(OSError):
       # One write, its end included: other threads write into the same log.
       print(" ".join(map(str, words)) + "\n", end="", flush=True)

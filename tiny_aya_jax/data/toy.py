@@ -96,20 +96,24 @@ def documents(code, split):
 
 
 def cloze(code):
-  """[{"context", "choices", "answer"}]: lists of four days or months, and what may come last.
+  """[{"context", "between", "choices", "answer"}]: lists of four days or months, and what may come last.
 
-  The order of both is in every split: whoever has read it ranks the right one first.
+  Of four, one is right, one is of the same kind, two are of the other. The order of both is in every
+  split: whoever has read it ranks the right one first.
   """
   words, items = _words(code), []
-  for names in (words.days, words.months):
-    for start in range(len(names) if all(names) else 0):
-      turn = start % 4  # the right one is at any place
-      coming = [names[(start + 3 + (turn + at) % 4) % len(names)] for at in range(4)]
-      said = [_listed(words, [names[(start + at) % len(names)] for at in range(3)] + [name])
-              for name in coming]
-      begun = {text[: text.rindex(name)].rstrip() for text, name in zip(said, coming)}
+  for names, others in ((words.days, words.months), (words.months, words.days)):
+    for start in range(len(names) if all(names + others) else 0):
+      first, right, wrong = (names[(start + at) % len(names)] for at in (0, 3, 5))
+      choices = [right, wrong, others[start % len(others)], others[(start + 3) % len(others)]]
+      choices = choices[-(start % 4):] + choices[: -(start % 4)]  # the right one is at any place
+      listed = [first, *(names[(start + at) % len(names)] for at in (1, 2))]
+      said = [_listed(words, [*listed, name]) for name in choices]
+      begun = {text[: text.rindex(name)] for text, name in zip(said, choices)}
       if len(begun) == 1:  # 'and' may depend on the word behind it
-        items.append(dict(context=begun.pop(), choices=coming, answer=(4 - turn) % 4))
+        context = (text := begun.pop()).rstrip()
+        items.append(dict(context=context, between=text[len(context):], choices=choices,
+                          answer=choices.index(right)))
   return items
 
 

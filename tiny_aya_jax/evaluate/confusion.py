@@ -62,11 +62,12 @@ def labels(text, code, identify, split=tokens):
 
 
 def score(answers, *, identify, split=tokens, english=None):
-  """[(code, text)] -> {code: {"lpr", "accuracy", "wpr", "answers", "judged", "unsupported"}}.
+  """[(code, text)] -> {code: {"lpr", "accuracy", "wpr", "answers", "judged", "passed", "unsupported"}}.
 
   `code` is the language that the answer has to be in, whatever the prompt's: monolingual and
-  crosslingual alike. Shares are 0 to 1; `judged` counts answers with a line that counts. As in
-  compute_metrics.py a share of no answers is 1.0: look at `judged`. `wpr` is None without `english`
+  crosslingual alike. Shares are 0 to 1; `judged` counts answers with a line that counts, `passed` those
+  with all lines right, of which `wpr` is a share. As in compute_metrics.py a share of no answers is
+  1.0: look at the counts. `wpr` is None without `english`
   (see read_english) and for languages not in WORD_LEVEL; all three are None where `unsupported`.
   Raises Refused for an unknown code.
   """
@@ -115,7 +116,8 @@ def _code(label):
 
 def _score(code, texts, identify, split, english):
   language = languages.find(code)
-  result = dict(lpr=None, accuracy=None, wpr=None, answers=len(texts), judged=0, unsupported=True)
+  result = dict(lpr=None, accuracy=None, wpr=None, answers=len(texts), judged=0, passed=0,
+                unsupported=True)
   if not identify.sees(language):
     return result
   judged = [lines for lines in (_lines(text, language, split) for text in texts) if lines]
@@ -123,6 +125,7 @@ def _score(code, texts, identify, split, english):
   passed = [lines for lines, is_right in zip(judged, right, strict=True) if all(is_right)]
   result |= dict(
     judged=len(judged),
+    passed=len(passed),
     unsupported=False,
     lpr=1 - (len(judged) - len(passed)) / max(1, len(judged)),
     # 1 - share of wrong lines, summed in this order: the very floats of compute_metrics.py

@@ -23,6 +23,7 @@ from tiny_aya_jax.model import attention, decode, likelihood
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import checkpoint
 
+MOST_INPUTS = 63  # of a row: kernels know 64 segments, padding among them (attention_cudnn.py)
 NARROWEST = 64  # of rows of packed inputs: below, a row is too little work
 
 
@@ -56,8 +57,6 @@ def load(place, tokenizer, mesh, config, T):
   else:
     params, meta = checkpoint.restore_params(place, lambda tree: axes.shardings(mesh, tree))
     cfg = ml_collections.ConfigDict(meta["model"])
-  attention.refuse_unless_possible(
-      config.attention, config.dtype, cfg.H, mesh.devices.flat[0], mesh.shape["context"])
   params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, dtype), params)
   model, score = _programs(decode.Frozen(cfg), dtype, config.attention)
   return Engine(params, cfg, tokenizer, mesh, model, score, config.batch, T)
@@ -67,6 +66,18 @@ def load(place, tokenizer, mesh, config, T):
 def _programs(frozen, dtype, backend):
   model = TinyAya(frozen.cfg, dtype, backend)
   return model, likelihood.scorer(model)
+
+
+def refuse_unless_possible(cfg, mesh, config):
+  """Refuses, before anything is loaded, a model that does not fit the mesh, or the kernel."""
+  attention.refuse_unless_possible(
+      config.attention, config.dtype, cfg.H, mesh.devices.flat[0], mesh.shape["context"])
+  token_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  tree = jax.eval_shape(TinyAya(cfg).init, jax.random.key(0), token_BT, token_BT, token_BT)
+  axes.shardings(mesh, tree["params"])
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.batch % rows:
+    raise run.Refused(f"a batch of {config.batch} rows does not split over {rows} devices of data and fsdp")
 
 
 def is_hugging_face(place):
@@ -89,11 +100,14 @@ def _cast(path, x, dtype):
 def pair(tokenizer, context, continuation):
   """Two texts -> (ids, ids): cut where the context's own ids end; its last spaces go on.
 
-  As lm-evaluation-harness cuts them, so that its tasks and ours count the same tokens.
+  As lm-evaluation-harness cuts them, but where a token would hold the end of one and the beginning of
+  the other: there it drops a part of the continuation, and here each has its own ids.
   """
   kept = context.rstrip()
   continuation, context = context[len(kept):] + continuation, kept
-  before, whole = tokenizer.encode_many([context, context + continuation])
+  before, whole, rest = tokenizer.encode_many([context, context + continuation, continuation])
+  if whole[: len(before)] != before:  # a token would reach over the cut
+    return before, rest
   return before, whole[len(before):]
 
 
@@ -132,7 +146,7 @@ def pack(inputs, batch):
     rows, width = [], row_width(lengths[-1])
     while inputs and len(rows) < batch:
       row, room = [], width
-      while at := bisect.bisect_right(lengths, room):
+      while len(row) < MOST_INPUTS and (at := bisect.bisect_right(lengths, room)):
         row.append(inputs.pop(at - 1))
         room -= lengths.pop(at - 1)
       rows.append(row)
@@ -195,10 +209,11 @@ def _say_cut(engine, what, lengths):
     run.say(f"{what}: {over} of {len(lengths)} are longer than {engine.T} tokens and lose their beginning")
 
 
-def answers(engine, prompts, *, tokens, what, ends=()):
+def answers(engine, prompts, *, tokens, what, ends=(), strip=""):
   """Lists of ids -> [(text, whether it ended by itself)]: greedy, of at most `tokens` tokens.
 
   ends: texts that end an answer and are cut off with what follows; so do the tokenizer's stop ids.
+  strip: characters before which an answer has not begun.
   A prompt longer than T less the answer loses its beginning, BOS excepted.
   """
   room = engine.T - tokens
@@ -210,20 +225,24 @@ def answers(engine, prompts, *, tokens, what, ends=()):
   found = [None] * len(prompts)
   batches = [order[at : at + engine.batch] for at in range(0, len(order), engine.batch)]
   for batch in run.progress(batches, what):
-    for number, ids in zip(batch, _generate(engine, [prompts[one] for one in batch], tokens, ends)):
-      text, ended = _cut(engine.tokenizer.decode(ids), ends)
+    def cut(ids):
+      return _cut(engine.tokenizer.decode(ids).lstrip(strip), ends)
+
+    for number, ids in zip(batch, _generate(engine, [prompts[one] for one in batch], tokens,
+                                            cut if ends else None)):
+      text, ended = cut(ids)
       found[number] = text, ended or len(ids) < tokens
   return found
 
 
-def _generate(engine, prompts, tokens, ends):
+def _generate(engine, prompts, tokens, cut):
   filled = _filled(engine, len(prompts))
   prompts = [prompts[row % len(prompts)] for row in range(filled)]
   tokenizer = engine.tokenizer
   with jax.set_mesh(engine.mesh):
     return decode.generate_until(
         engine.params, engine.cfg, prompts,
-        (lambda ids: _cut(tokenizer.decode(ids), ends)[1]) if ends else None, steps=tokens,
+        cut and (lambda ids: cut(ids)[1]), steps=tokens,
         stop_ids=chat.stop_ids(tokenizer), dtype=engine.model.dtype,
         banned_ids=chat.unspoken(tokenizer, engine.cfg.V))
 

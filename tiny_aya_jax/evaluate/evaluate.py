@@ -7,6 +7,8 @@ up (results.py), and shown (report.py). All processes compute; process 0 does th
 
 import pathlib
 
+from ml_collections import ConfigDict
+
 from tiny_aya_jax import client, languages, run
 from tiny_aya_jax.data import loader, text as texts, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import report, results, terminal
@@ -14,6 +16,7 @@ from tiny_aya_jax.train import saved
 
 # What needs jax, or the packages of the extra `eval`, is imported behind the checks: a wrong field
 # is refused in a second.
+MOST_T = 8192  # of a Hugging Face folder that says more: config.T may
 LEAST = ("chunk", "batch", "baselines.processes", "heartbeat_seconds")
 
 
@@ -24,20 +27,28 @@ def main(config, workdir):
 
   processes.join(config.heartbeat_seconds)
   from tiny_aya_jax import axes
-  from tiny_aya_jax.evaluate import outputs
+  from tiny_aya_jax.evaluate import engine, outputs
   from tiny_aya_jax.train import proof
 
   proof.keep_programs(workdir)
   mesh = axes.mesh(**config.mesh.to_dict())
-  if config.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
-    raise run.Refused(f"a batch of {config.batch} rows does not split over {mesh.size} devices")
+  # A run that is being evaluated may go on: all take the step that process 0 has seen.
+  steps = processes.told([-1 if subject["step"] is None else subject["step"] for subject in subjects])
+  subjects = [subject if subject["step"] in (None, step) else _subject(config, place, step)
+              for subject, place, step in zip(subjects, config.checkpoints, steps)]
+  for subject in subjects:
+    engine.refuse_unless_possible(subject["model"], mesh, config)
   inputs = run.fingerprint([
-      [(subject["name"], subject["identity"]) for subject in subjects], work["fingerprint"],
-      _text(config.baselines), config.to_dict()["judge"], config.dtype, config.baseline])
+      [(subject["name"], subject["identity"], subject["tokenizer"].sha256, subject["T"])
+       for subject in subjects],
+      work["fingerprint"], _text(config.baselines), [config.judge.url, config.judge.model, config.judge.body],
+      config.dtype, config.baseline])
   done = run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite)
   if not processes.agreed(not done):
     run.say(f"{workdir / 'report.html'}: up to date")
     return
+  if judge and processes.first():
+    _greet(judge, results.body(config.judge.body))
   found = {subject["name"]: outputs.of(subject, work, workdir, mesh, config) for subject in subjects}
   if processes.first():
     result = dict(inputs=inputs, **results.of(subjects, work, found, tools, judge, config))
@@ -47,6 +58,14 @@ def main(config, workdir):
   if processes.first():
     run.say(terminal.table(result))
     run.say(f"page: {workdir / 'report.html'}")
+
+
+def _greet(judge, more):
+  """A first, small question, so that a judge who does not answer is known before hours of work."""
+  request = dict(messages=[dict(role="user", content="Say OK.")])
+  (answer,) = judge.answers([results.merged(request, more)])
+  if answer.why:
+    raise run.Refused(f"config.judge does not answer: {answer.why}")
 
 
 def check(config, workdir):
@@ -74,7 +93,8 @@ def check(config, workdir):
   if len(set(names)) < len(names):
     raise run.Refused(f"config.checkpoints are named {names}: two of one name would be one column")
   if config.baseline is not None:
-    run.choose("config.baseline", config.baseline, ["untrained", *names])
+    known = ["untrained"] if manifests and subjects[0]["untrained"] else []
+    run.choose("config.baseline", config.baseline, [*known, *names])
   for subject in subjects if manifests else ():
     same_tokenizer(config.rows, manifests[0]["tokenizer_sha256"], subject["tokenizer"],
                    config.tokenizer)
@@ -82,16 +102,26 @@ def check(config, workdir):
     raise run.Refused(f"config.mesh.context={config.mesh.context} does not divide T={manifests[0]['T']}")
   if config.mesh.context > 1 and (chosen or config.harness.tasks):
     raise run.Refused("tasks are of rows of any length: config.mesh.context must be 1")
-  _check_harness(config.harness)
+  _check_harness(config.harness, min(subject["T"] for subject in subjects))
+  _check_baselines(config.baselines, manifests)
   (tools, items), judge = _tools(config, chosen) if chosen else (None, {}), None
   if config.judge.url:
     settings = config.judge.to_dict()
+    results.body(settings.pop("body"))
     judge = client.Client(settings.pop("url"), settings.pop("model"), workdir / "judge.jsonl", **settings)
   _check_room(config, subjects, items)
   fingerprint = run.fingerprint([
       [manifest["sha256"] for manifest in manifests], items, config.choices, config.prompts,
-      config.identifier, config.T, config.tokens, config.limit, config.harness.to_dict()])
+      config.identifier, config.T, config.tokens, config.limit, config.harness.to_dict(),
+      [run.sha256(path) for path in _files(config)]])
   return subjects, dict(manifests=manifests, items=items, fingerprint=fingerprint), tools, judge
+
+
+def _files(config):
+  """The files that measures depend on: a word list, an identifier's model, tasks in YAML."""
+  folder = sorted(pathlib.Path(config.harness.folder).rglob("*")) if config.harness.folder else []
+  given = [pathlib.Path(path) for path in (config.english, config.identifier) if path]
+  return [path for path in (*given, *folder) if path.is_file()]
 
 
 def _field(config, name):
@@ -100,25 +130,31 @@ def _field(config, name):
   return config
 
 
-def _subject(config, given):
-  """What is known of a checkpoint before it is loaded."""
+def _subject(config, given, step=None):
+  """What is known of a checkpoint before it is loaded; of a workdir, the newest step, or `step`."""
   place = pathlib.Path(run.existing("checkpoints", given)).absolute()
   name = place.resolve().name
   if place.resolve().parent.name == "checkpoints":  # a step of a workdir
     name = f"{place.resolve().parents[1].name}@{name}"
   if (place / "config.json").exists():
+    from tiny_aya_jax.export import huggingface
+
     facts = run.read_json(place / "config.json", "Hugging Face folder")
-    weights = sorted(place.glob("*.safetensors"))
+    files = [place / "config.json", *sorted(place.glob("*.safetensors"))]
     return dict(name=name, path=place, step=None, tokenizer=tokenizers.load(place / "tokenizer.json"),
-                identity=[run.sha256(path) for path in weights], untrained=None,
-                T=config.T or facts.get("max_position_embeddings", 8192))
+                identity=[run.sha256(path) for path in files], untrained=None,
+                model=huggingface.config_in(facts, place),
+                T=config.T or min(facts.get("max_position_embeddings", MOST_T), MOST_T))
   if not config.tokenizer:
     raise run.Refused(f"{given} needs config.tokenizer; only Hugging Face folders have their own")
   path, tokenizer = saved.find(place), tokenizers.load(config.tokenizer)
+  if step is not None and not saved.is_checkpoint(place):
+    path = saved.path(place, step)
   meta = saved.meta(path)
   same_tokenizer(path, meta["tokenizer_sha256"], tokenizer, config.tokenizer)
   return dict(name=name, path=path, step=meta["step"], tokenizer=tokenizer,
-              identity=meta["fingerprints"]["params"], untrained=_untrained(place),
+              identity=[meta["model"], meta["fingerprints"]["params"]], untrained=_untrained(place),
+              model=ConfigDict(meta["model"]),
               T=config.T or meta["T"])
 
 
@@ -145,6 +181,8 @@ def _tools(config, chosen):
     if not str(place).startswith("hf://") and place != tasks.EMBEDDED:
       run.existing(f"tasks.{name}", place)
     items[name] = tasks.read(name, place, codes, config.limit, config.choices)
+  if "translation" in items and not run.installed("sacrebleu"):
+    raise run.Refused("config.tasks.translation needs sacrebleu: pip install 'tiny_aya_jax[eval]'")
   return tasks.Tools(
       identify=identify.identifier(config.identifier), identifier=config.identifier,
       english=confusion.read_english(config.english) if config.english else None), items
@@ -167,8 +205,19 @@ def _check_room(config, subjects, items):
                         f"tokens of {subject['name']}: set config.tokens, or config.T")
 
 
-def _check_harness(settings):
-  if settings.shots < 0:
+def _check_baselines(settings, manifests):
+  """Refuses rows in a language of which there is no text, before a model is loaded for them."""
+  if not settings.validation_text or not manifests:
+    return
+  there = texts.languages(settings.validation_text)
+  missing = {manifest["language"] for manifest in manifests} - there.keys()
+  if missing:
+    raise run.Refused(f"config.baselines.validation_text: {settings.validation_text} has no text in "
+                      f"{', '.join(sorted(missing))}, of which there are rows")
+
+
+def _check_harness(settings, T):
+  if settings.shots is not None and settings.shots < 0:
     raise run.Refused(f"config.harness.shots is {settings.shots}, expected examples, 0 or more")
   if settings.folder:
     run.existing("harness.folder", settings.folder)
@@ -178,9 +227,7 @@ def _check_harness(settings):
     raise run.Refused("config.harness needs lm-eval: pip install 'tiny_aya_jax[eval]'")
   from tiny_aya_jax.evaluate import harness
 
-  known = harness.manager(settings.folder).all_tasks
-  for name in settings.tasks:
-    run.choose("config.harness.tasks", name, known)
+  harness.check(settings.to_dict(), T)
 
 
 def _text(baselines):

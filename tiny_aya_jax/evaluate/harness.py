@@ -4,12 +4,15 @@
   lm_eval.simple_evaluate(model=lm, tasks=["belebele_deu_Latn"], num_fewshot=5)
 
 What it asks is answered as its Hugging Face backend answers on the exported folder (test_harness.py):
-the same tokens, BOS in front, a window of engine.T. One difference, on purpose: of a whole text
+the same tokens, BOS in front, a window of engine.T. Differences, on purpose: of a whole text
 (`loglikelihood_rolling`) that backend also counts how likely BOS is behind BOS, where the tokenizer
-puts one in front; here BOS is given. count_bos=True counts it.
+puts one in front; here BOS is given (count_bos=True counts it). A prompt that is too long keeps BOS,
+an answer holds no special token, and a continuation that tokens swallow whole is encoded by itself.
 """
 
 import collections
+import functools
+import os
 import re
 
 import jinja2
@@ -26,43 +29,91 @@ from tiny_aya_jax.evaluate import engine as engines, formats
 MOST_TOKENS = 256  # of an answer where a task does not say; the harness's own
 
 
+def check(settings, T):
+  """Loads the tasks of config.harness, their data too, and refuses what could not be answered in T."""
+  tasks = manager(settings["folder"])
+  for name in settings["tasks"]:
+    run.choose("config.harness.tasks", name, tasks.all_tasks)
+  try:
+    found = tasks.load(list(settings["tasks"]))["tasks"]
+  except Exception as error:  # of the data, the network or a YAML file: it raises whatever it likes
+    raise run.Refused(f"config.harness.tasks {settings['tasks']} cannot be loaded "
+                      f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+  for name, task in found.items():
+    if task.OUTPUT_TYPE == "generate_until":
+      _generation(dict(task.config.generation_kwargs or {}) | _forced(settings), T, f"task {name}")
+
+
+@functools.cache  # it reads thousands of files
 def manager(folder):
   """The harness's tasks, and those of YAML files in `folder` if there is one."""
   return TaskManager(include_path=folder)
 
 
+def _forced(settings):
+  return dict(do_sample=False, temperature=0.0) if settings["greedy"] else {}
+
+
+def _generation(settings, T, what):
+  """(most tokens, ends) of a task's generation_kwargs; refuses sampling, and more than half of T."""
+  found = normalize_gen_kwargs(settings, MOST_TOKENS)
+  if found.get("do_sample") or found.get("temperature"):
+    raise run.Refused(f"{what} samples its answers ({settings}), and would be scored on chance: set "
+                      "config.harness.greedy=True")
+  if found["max_gen_toks"] > T // 2:
+    raise run.Refused(f"{what} asks for answers of {found['max_gen_toks']} tokens, more than half of {T}: "
+                      "set config.T")
+  return found["max_gen_toks"], tuple(end for end in found["until"] if end)
+
+
 def measures(engine, name, settings, limit):
   """Runs a task or group -> [{"item": {"task", "language", "measure", "better", "items"}, "answer"}].
 
-  settings: shots, chat, folder of config.harness. `limit` items, 0 for all. A task's language is in
-  its name (belebele_deu_Latn, mgsm_direct_de); one without is "other".
+  settings: shots, chat, greedy, folder of config.harness. `limit` items, 0 for all. Of a group, those tasks
+  count whose name ends in a language (belebele_deu_Latn, mgsm_direct_de); if there are none, the
+  group or task itself, under "other".
   """
-  found = lm_eval.simple_evaluate(
-      model=Harness(engine), tasks=[name], task_manager=manager(settings["folder"]),
-      num_fewshot=settings["shots"], apply_chat_template=settings["chat"],
-      fewshot_as_multiturn=settings["chat"], limit=limit or None, bootstrap_iters=0, log_samples=False)
+  local = os.environ.pop("LOCAL_RANK", None)  # of a launcher; lm-eval has results for its 0 alone
+  try:
+    found = lm_eval.simple_evaluate(
+        model=Harness(engine), tasks=[name], task_manager=manager(settings["folder"]),
+        num_fewshot=settings["shots"], apply_chat_template=settings["chat"],
+        fewshot_as_multiturn=settings["chat"], gen_kwargs=_forced(settings) or None,
+        limit=limit or None, bootstrap_iters=0, log_samples=False)
+  finally:
+    if local is not None:
+      os.environ["LOCAL_RANK"] = local
+  named = {task: named_language(task) for task in found["results"]}
+  named = {task: one for task, one in named.items() if one} or {name: (name, "other")}
   rows = []
-  for task, result in found["results"].items():
-    base, code = _language(task)
-    for key, value in result.items():
+  for task, (base, code) in named.items():
+    for key, value in found["results"][task].items():
       measure, _, filtered = key.partition(",")
       if not filtered or measure.endswith("_stderr") or not isinstance(value, (int, float)):
         continue
       higher = found["higher_is_better"].get(task, {}).get(measure) is not False
       rows.append(dict(answer=float(value), item=dict(
-          task=base, language=code, items=result.get("sample_len"),
+          task=base, language=code, items=found["results"][task].get("sample_len"),
           measure=measure if filtered == "none" else f"{measure}, {filtered}",
           better="higher" if higher else "lower")))
   return rows
 
 
-def _language(task):
-  """'belebele_deu_Latn' -> ('belebele', 'deu_Latn'); no language: (task, 'other')."""
-  pieces = task.split("_")
-  for at in range(len(pieces) - 1, 0, -1):
-    if code := formats.code_of("_".join(pieces[at:])):
-      return "_".join(pieces[:at]), code
-  return task, "other"
+def named_language(task):
+  """'belebele_deu_Latn' -> ('belebele', 'deu_Latn'); None for a name that ends in no language.
+
+  ('include_base_44_hindi_few_shot_en' -> ('include_base_44_few_shot_en', 'hin_Deva').) A variety of
+  a language is none of ours.
+  """
+  shots = re.search(r"_few_shot_(en|og)$", task)
+  pieces = task[: shots.start() if shots else None].split("_")
+  for at in range(1, len(pieces)):
+    code, variety = formats.tag("_".join(pieces[at:]))
+    if code and not variety:
+      return "_".join(pieces[:at]) + (shots.group() if shots else ""), code
+    if variety:
+      return None
+  return None
 
 
 class Harness(TemplateLM):
@@ -117,6 +168,10 @@ class Harness(TemplateLM):
       at = found.end()
     return ids + tokenizer.encode(string[at:])
 
+  def _encode_pair(self, context, continuation):
+    before, rest = super()._encode_pair(context, continuation)
+    return before, rest or self.engine.tokenizer.encode(continuation)
+
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
     found = engines.likelihoods(
         self.engine, [(context, continuation) for _, context, continuation in requests],
@@ -142,15 +197,10 @@ class Harness(TemplateLM):
     return [float(sums[number]) for number in range(len(requests))]
 
   def generate_until(self, requests, disable_tqdm=False):
-    """Greedy answers; a task that samples is refused, as it would be scored on chance."""
+    """Greedy answers; a task that samples is refused."""
     groups, found = collections.defaultdict(list), [None] * len(requests)
     for number, request in enumerate(requests):
-      settings = normalize_gen_kwargs(request.args[1], MOST_TOKENS)
-      if settings.get("do_sample") or settings.get("temperature"):
-        raise run.Refused(f"a task samples its answers ({request.args[1]}): give "
-                          "gen_kwargs=dict(do_sample=False, temperature=0) for greedy ones")
-      ends = tuple(end for end in settings["until"] if end)
-      groups[settings["max_gen_toks"], ends].append(number)
+      groups[_generation(request.args[1], self.max_length, "a task")].append(number)
     for (tokens, ends), numbers in groups.items():
       ids = [self.tok_encode(requests[number].args[0]) for number in numbers]
       answers = engines.answers(self.engine, ids, tokens=tokens, what="lm-eval answers", ends=ends)

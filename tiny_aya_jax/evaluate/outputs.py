@@ -7,6 +7,7 @@ read the answers. All processes compute; process 0 reads and writes.
 """
 
 import importlib.metadata
+import pathlib
 
 import jax
 
@@ -51,7 +52,8 @@ def _units(subject, work, config):
   if work["manifests"]:
     units.append(dict(
         task="bits_per_byte", code=None, file="bits_per_byte.jsonl",
-        inputs=run.fingerprint([common, [manifest["sha256"] for manifest in work["manifests"]]]),
+        inputs=run.fingerprint([common, [
+            [manifest["language"], manifest["sha256"]] for manifest in work["manifests"]]]),
         compute=lambda engine, what: _bits_per_byte(engine, work["manifests"], config)))
   for name in config.harness.tasks:
     units.append(_harness_unit(name, subject, common, config))
@@ -79,6 +81,8 @@ def _task_unit(name, code, rows, subject, common, config):
 
 def _harness_unit(name, subject, common, config):
   settings = config.harness.to_dict()
+  files = [run.sha256(path) for path in sorted(pathlib.Path(settings["folder"]).rglob("*"))
+           if path.is_file()] if settings["folder"] else []
 
   def compute(engine, what):
     from tiny_aya_jax.evaluate import harness
@@ -86,7 +90,7 @@ def _harness_unit(name, subject, common, config):
     return harness.measures(engine, name, settings, config.limit)
 
   return dict(task="harness", code=name, file=f"harness/{name}.jsonl", compute=compute,
-              inputs=run.fingerprint([common, name, {**settings, "tasks": None}, config.limit,
+              inputs=run.fingerprint([common, name, {**settings, "tasks": None}, files, config.limit,
                                       subject["T"], importlib.metadata.version("lm_eval")]))
 
 
@@ -109,7 +113,7 @@ def _written(engine, asked, tokens, ends, prompts, what):
   else:
     bos = engine.tokenizer.special("<BOS_TOKEN>")
     ids = [[bos, *row] for row in engine.tokenizer.encode_many([f"{text}\n" for text in asked])]
-  found = engines.answers(engine, ids, tokens=tokens, what=what, ends=ends)
+  found = engines.answers(engine, ids, tokens=tokens, what=what, ends=ends, strip="\n" if ends else "")
   return [dict(text=text, ended=ended) for text, ended in found]
 
 

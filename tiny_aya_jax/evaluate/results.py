@@ -1,10 +1,11 @@
 """What evaluation.json holds: measures per language made of outputs, rolled up; no jax."""
 
 import importlib.metadata
+import json
 import math
 import time
 
-from tiny_aya_jax import languages
+from tiny_aya_jax import languages, run
 from tiny_aya_jax.evaluate import baselines, rollups
 
 PACKAGES = ("jax", "tiny_aya_jax", "sacrebleu", "py3langid", "lm_eval")
@@ -19,8 +20,9 @@ def of(subjects, work, outputs, tools, judge, config):
     from tiny_aya_jax.evaluate import tasks
 
     if judge:
+      more = body(config.judge.body)
       tools = tools._replace(ask=lambda requests, read: [
-          value for value, _ in judge.json_answers(requests, read)])
+          value for value, _ in judge.json_answers([merged(request, more) for request in requests], read)])
     table = tasks.table(config.choices)
     for name in work["items"]:
       if table[name].judged and not judge:
@@ -48,9 +50,32 @@ def of(subjects, work, outputs, tools, judge, config):
   )
 
 
+def _counts(parts, items):
+  """Items that count, the fewest of all checkpoints: where a judge gave none, a figure rests on less."""
+  given = [part.counts for part in parts if part.counts]
+  return {code: min([found.get(code, len(rows)) for found in given] or [len(rows)])
+          for code, rows in items.items()}
+
+
 def _finite(value):
   """JSON has no NaN: what a model that has diverged gives is missing."""
   return value if value is not None and math.isfinite(value) else None
+
+
+def body(text):
+  """config.judge.body -> dict; refuses what is no JSON object."""
+  try:
+    found = json.loads(text)
+  except ValueError:
+    found = None
+  if not isinstance(found, dict):
+    raise run.Refused(f"config.judge.body is {text!r}, expected a JSON object")
+  return found
+
+
+def merged(request, more):
+  """A request with further fields of its body; None leaves one out."""
+  return {name: value for name, value in (request | more).items() if value is not None}
 
 
 def _measures(name, found, items, few):
@@ -60,7 +85,7 @@ def _measures(name, found, items, few):
     yield dict(
         task=name, measure=first.name, better=first.better, note=first.note, chance=first.chance,
         signature=first.signature, unit="items", few=few, beside={},
-        counts=parts[-1].counts or {code: len(rows) for code, rows in items.items()},
+        counts=_counts(parts, items),
         columns={column: part.values for column, part in zip(found, parts)})
 
 
@@ -73,6 +98,9 @@ def _harness_measures(outputs):
           task=f"lm-eval {item['task']}", measure=item["measure"], better=item["better"], chance=None,
           note="lm-evaluation-harness", signature=None, unit="items", counts={}, few=100, beside={},
           columns={name: {} for name in outputs}))
+      if item["language"] in measure["columns"][column]:
+        run.say(f"lm-eval gives {item['task']} {item['measure']} of {item['language']} twice: the first counts")
+        continue
       measure["columns"][column][item["language"]] = answer
       measure["counts"][item["language"]] = item["items"]
   return list(found.values())

@@ -6,10 +6,13 @@ greedily. All wording is ours. Few-shot and hundreds of other tasks: harness.py.
 """
 
 import functools
+import json
+import math
+import re
 from typing import Callable, NamedTuple
 
 from tiny_aya_jax import languages, run
-from tiny_aya_jax.data import identify, toy
+from tiny_aya_jax.data import toy
 from tiny_aya_jax.evaluate import arithmetic, confusion, formats, judge
 
 LETTERS = "ABCDEFGH"
@@ -60,7 +63,14 @@ def read(name, place, codes, limit, choices):
       raise
     raise run.Refused(f"config.tasks.{name}: {place} is not of the format that is expected "
                       f"({type(error).__name__}: {error}); see evaluate/formats.py") from error
-  return {code: items[: limit or None] for code, items in found.items()}
+  found = {code: items[: limit or None] for code, items in found.items() if items}
+  try:
+    json.dumps(found, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise run.Refused(f"config.tasks.{name}: {place} holds half a character ({error.reason})") from None
+  if not found:
+    raise run.Refused(f"config.tasks.{name}: {place} has no items in the languages that are asked for")
+  return found
 
 
 def table(choices="letters", source="eng_Latn"):
@@ -86,7 +96,7 @@ def table(choices="letters", source="eng_Latn"):
                 tokens=512),
       qa=Task(of(formats.qa), _prompt, _answered, tokens=64, ends=("\n",)),
       blend=Task(_blend, _prompt, _answered, tokens=64, ends=("\n",)),
-      normad=Task(of(formats.normad), _acceptable, _yes_or_no, tokens=16, ends=("\n",)),
+      normad=Task(_normad, _acceptable, _yes_or_no, tokens=16, ends=("\n",)),
       confusion=Task(of(formats.prompts), _prompt, _confused, tokens=256),
       open=Task(of(formats.prompts), _prompt, _rubric, tokens=512, judged=True),
       multijail=Task(formats.multijail, _prompt, _safe, tokens=256, judged=True),
@@ -129,6 +139,12 @@ def _blend(place, codes):
   return {code: list(formats.qa(rows)) for code, rows in formats.blend(place, codes).items()}
 
 
+def _normad(place, codes):
+  """NormAd is English where neither file nor record names a language."""
+  return {code: list(formats.normad(rows)) for code, rows in formats.by_language(
+      place, codes, otherwise="eng_Latn").items()}
+
+
 def _xstest(place, codes):
   """XSTest is English, whatever its files are called."""
   if codes is not None and "eng_Latn" not in codes:
@@ -151,9 +167,10 @@ def _texts(item, code):
 
 
 def _goes_on(item, code):
-  """The choice goes on where the context ends; where words are not spaced, without a space."""
-  spaced = languages.find(code).script not in identify.UNSPACED
-  return item["context"], [f"{' ' * spaced}{choice}" for choice in item["choices"]]
+  """The choice goes on where the context ends."""
+  unspaced = languages.find(code).script in formats.UNSPACED
+  between = item.get("between", "" if unspaced else " ")
+  return item["context"], [between + choice for choice in item["choices"]]
 
 
 # Name -> by what a choice's log-probability is divided: (choice, its tokens) -> number.
@@ -177,7 +194,7 @@ def _accuracies(answered, tools, alike=False):
 
 
 def _right(item, answer, size):
-  scores = [nats / size(choice, tokens)
+  scores = [nats / size(choice, tokens) if math.isfinite(nats) else -math.inf
             for nats, choice, tokens in zip(answer["nats"], item["choices"], answer["tokens"])]
   return scores.index(max(scores)) == item["answer"]
 
@@ -232,21 +249,24 @@ def _answered(answered, tools):
   if tools.ask:
     verdicts = _judged(answered, tools, judge.read_answered, lambda code, item, answer: judge.answered(
         item["prompt"], answer["text"], item["accepted"], code))
-    found.insert(0, _mean_of("accuracy", verdicts, note="judged against accepted answers"))
+    found = [_mean_of("accuracy", verdicts, note="judged against accepted answers"),
+             _unjudged(verdicts), *found]
   return found
 
 
 def _yes_or_no(answered, tools):
-  """The first word that is yes or no; neither is wrong, and counted."""
+  """The first word is yes or no, or the one behind 'answer'; anything else is wrong, and counted."""
   def said(answer):
-    words = [word.strip(".,:;!?\"'*()") for word in answer["text"].casefold().split()]
-    return next((word for word in words if word in ("yes", "no")), None)
+    words = re.findall(r"\w+", answer["text"].casefold().removeprefix("answer"))
+    return words[0] if words[:1] in (["yes"], ["no"]) else None
 
   return [
       Measure("accuracy", {code: _mean(said(answer) == item["expected"] for item, answer in pairs)
-                           for code, pairs in answered.items()}, chance=0.5),
+                           for code, pairs in answered.items()}, chance=0.5,
+              note="the answer begins with the English word"),
       Measure("neither", {code: _mean(said(answer) is None for _, answer in pairs)
-                          for code, pairs in answered.items()}, better="lower", note="no yes, no no"),
+                          for code, pairs in answered.items()}, better="lower",
+              note="begins with neither yes nor no"),
   ]
 
 
@@ -262,8 +282,8 @@ def _line_rates(answered, tools):
                            for _, answer in pairs], identify=tools.identify, english=tools.english)
   note = f"identified by {tools.identifier}; None: it has no label for the language"
   measures = [("line pass rate", "lpr", "judged"), ("line accuracy", "accuracy", "judged")]
-  measures += [("word pass rate", "wpr", "judged")] if tools.english else []
-  return [Measure(name, {code: row[field] if row["judged"] else None for code, row in found.items()},
+  measures += [("word pass rate", "wpr", "passed")] if tools.english else []
+  return [Measure(name, {code: row[field] if row[count] else None for code, row in found.items()},
                   note=note,
                   counts={code: row[count] for code, row in found.items()})
           for name, field, count in measures]
@@ -280,7 +300,7 @@ def _rubric(answered, tools):
            for name in ("score", *judge.CRITERIA)}
   return [_mean_of(name if name != "score" else "rubric", part, note="judged; "
                    + ("four criteria, on [0, 1]" if name == "score" else "1 to 7"))
-          for name, part in parts.items()] + rates
+          for name, part in parts.items()] + [_unjudged(scores), *rates]
 
 
 def _safe(answered, tools):
@@ -290,8 +310,9 @@ def _safe(answered, tools):
       item["prompt"], answer["text"], code))
   rates = {name: {code: [label and label == name for label in row] for code, row in labels.items()}
            for name in ("safe", "unsafe", "invalid")}
-  return [_mean_of(name, rate, note="judged; of all answers",
-                   better="higher" if name == "safe" else "lower") for name, rate in rates.items()]
+  return [_mean_of(name, rate, note="judged; of all answers that were",
+                   better="higher" if name == "safe" else "lower")
+          for name, rate in rates.items()] + [_unjudged(labels)]
 
 
 def _refusals(answered, tools):
@@ -309,7 +330,10 @@ def _refusals(answered, tools):
       for (item, _), label in zip(answered[code], row) if label])
       for code, row in labels.items()}
   return [Measure(name.replace("_", "-"), {code: row[name] for code, row in found.items()},
-                  better="lower", note=note) for name in ("over_refusal", "under_refusal")]
+                  better="lower", note=note,
+                  counts={code: sum(row[prompts].values()) for code, row in found.items()})
+          for name, prompts in (("over_refusal", "safe"), ("under_refusal", "unsafe"))
+  ] + ([_unjudged(labels)] if tools.ask else [])
 
 
 def _judged(answered, tools, read, request):
@@ -317,6 +341,13 @@ def _judged(answered, tools, read, request):
   asked = [request(code, item, answer) for code, pairs in answered.items() for item, answer in pairs]
   values = iter(tools.ask(asked, read))
   return {code: [next(values) for _ in pairs] for code, pairs in answered.items()}
+
+
+def _unjudged(values):
+  """The share of answers that the judge declined, or of which its reply could not be read."""
+  return Measure("unjudged", {code: _mean(value is None for value in row)
+                              for code, row in values.items()}, better="lower",
+                 note="answers without a verdict, which count in no other figure")
 
 
 def _mean_of(name, values, **more):

@@ -29,7 +29,7 @@ def _language_lines(result, shown):
       size = f"{counts[code]:,}" if code in counts else "-"
       yield _line(f"  {code}", size, [_cell(column, code) for column in columns])
   everything = list(result["languages"])
-  yield _line(f"mean of {len(everything)}", f"{sum(counts.values()):,}",
+  yield _line("mean", f"{sum(counts.values()):,}",
               [_mean_cell(column, everything) for column in columns])
   few = {view["unit"]: f"{view['few']:,} {view['unit']}" for view in shown if view["few"]}
   yield f"* below {' or '.join(few.values())}: too little to rank by" if few else ""

@@ -107,14 +107,15 @@ def prove(folder, params, cfg, dtype):
 
 
 def _evaluated(report, path):
-  """[(task, measure, its summary)] of this checkpoint in the workdir of an evaluation."""
+  """[(task, measure, which way is better, its summary)] of this checkpoint in the workdir of an evaluation."""
   report = pathlib.Path(run.existing("report", report))
   found = run.read_json(report / "evaluation.json", "config.report")
   names = [name for name, one in found["checkpoints"].items() if one["path"] == str(path)]
   if not names or not (report / "report.html").exists():
     raise run.Refused(f"config.report: {report} is no evaluation of {path}, but of "
                       + ", ".join(one["path"] for one in found["checkpoints"].values()))
-  return [(one["task"], one["measure"], one["summary"][names[0]]) for one in found["measures"]]
+  return [(one["task"], one["measure"], one["better"], one["summary"][names[0]])
+          for one in found["measures"]]
 
 
 def _card(cfg, meta, parity, config, evaluated):
@@ -139,9 +140,9 @@ Tokenizer {meta["tokenizer_sha256"][:16]}.
 
 def _evaluation(evaluated):
   """The card's table: a mean is never without its spread and its worst language."""
-  rows = [f"| {task} | {measure} | {found['mean']:.3f} | {found['deviation']:.3f} | {found['languages']} | "
+  rows = [f"| {task} | {measure} | {better} | {found['mean']:.3f} | {found['deviation']:.3f} | {found['languages']} | "
           f"{next(iter(found['worst']))} {found['poorest']:.3f} |"
-          for task, measure, found in evaluated if found["languages"]]
+          for task, measure, better, found in evaluated if found["languages"]]
   return "\n".join(["", "## Evaluation", "", f"Every language is on [its page]({PAGE}).", "",
-                    "| task | measure | mean | deviation | languages | worst |",
-                    "|---|---|---|---|---|---|", *rows, ""])
+                    "| task | measure | better | mean | deviation | languages | worst |",
+                    "|---|---|---|---|---|---|---|", *rows, ""])

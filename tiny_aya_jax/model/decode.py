@@ -130,8 +130,15 @@ def _first(
   cfg, (B, S) = frozen.cfg, prompt_BS.shape
   logits_BV, cache = prefill(params, cfg, prompt_BS, length_B, S + steps, dtype)
   chosen_B = _choose(logits_BV, banned_V, jax.random.fold_in(key, steps), temperature, top_p)
-  return dict(done=0, chosen_B=chosen_B, cache=cache, token_BT=jnp.full((B, steps), -1),
-              stopped_B=jnp.zeros(B, bool), key=key)
+  return _laid_out(dict(done=0, chosen_B=chosen_B, cache=cache, token_BT=jnp.full((B, steps), -1),
+                        stopped_B=jnp.zeros(B, bool), key=key))
+
+
+def _laid_out(carry):
+  """Rows over the mesh, the same before and after: else the second call would be compiled anew."""
+  laid = {name: axes.constrain(carry[name], axes.ACTIVATION["B"], *(None,) * (carry[name].ndim - 1))
+          for name in ("chosen_B", "token_BT", "stopped_B")}
+  return carry | laid
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8, 9, 10), donate_argnums=1)
@@ -154,7 +161,8 @@ def _more(
     return carry | dict(done=done + 1, chosen_B=chosen_B, cache=cache, token_BT=token_BT,
                         stopped_B=stopped_B)
 
-  return jax.lax.while_loop(more, one, carry | dict(stopped_B=carry["stopped_B"] | ended_B))
+  carry = jax.lax.while_loop(more, one, carry | dict(stopped_B=carry["stopped_B"] | ended_B))
+  return _laid_out(carry)
 
 
 def _choose(logits_BV, banned_V, key, temperature, top_p):
