@@ -83,10 +83,11 @@ def _choice(engine, ours, theirs, config):
               lm_eval=lambda: [nats for nats, _ in theirs._loglikelihood_tokens(requests, True)])
 
 
-def _documents(config):
+def _documents(engine, config):
+  """Documents of all languages, in turn, that fit a window whole."""
   codes = languages.select(("all",))
-  each = -(-config.requests // len(codes))
-  some = [list(itertools.islice(toy.documents(code, "validation"), each)) for code in codes]
+  some = [[document for document in toy.documents(code, "validation")
+           if len(engine.tokenizer.encode(document)) <= config.T] for code in codes]
   return [document for row in itertools.zip_longest(*some) for document in row if document][
       : config.requests]
 
@@ -95,14 +96,14 @@ def _rolling(engine, ours, theirs, config):
   """Whole documents, as tasks of perplexity ask for them."""
   from lm_eval.api.instance import Instance
 
-  requests = [Instance("loglikelihood_rolling", {}, (document,), 0) for document in _documents(config)]
+  requests = [Instance("loglikelihood_rolling", {}, (document,), 0) for document in _documents(engine, config)]
   return dict(ours=lambda: ours.loglikelihood_rolling(requests),
               lm_eval=lambda: theirs.loglikelihood_rolling(requests, True))
 
 
 def _packed(engine, ours, theirs, config):
   """The same documents as `evaluate` reads them: packed rows, all in one sum."""
-  rows = _rows(engine, _documents(config), config)
+  rows = _rows(engine, _documents(engine, config), config)
   score = bits.scorer(engine.model, engine.tokenizer.bytes_V, 1, chunk=config.chunk)
 
   def packed():
@@ -114,29 +115,23 @@ def _packed(engine, ours, theirs, config):
 
 
 def _rows(engine, documents, config):
-  """Batches of rows of T tokens with whole documents in them, each token behind BOS counted."""
-  rows, row = [], []
-  for document in documents:
-    ids = [engine.tokenizer.special("<BOS_TOKEN>"), *engine.tokenizer.encode(document)][: config.T + 1]
-    if row and sum(map(len, row)) + len(ids) > config.T + 1:
-      rows, row = [*rows, row], []
-    row.append(ids)
-  rows.append(row)
-  batches = []
-  for at in range(0, len(rows), config.batch):
-    part = rows[at : at + config.batch]
-    token, segment, weight = (np.zeros((config.batch, config.T + 1), np.int32) for _ in range(3))
-    for number, row in enumerate(part):
+  """Batches of packed rows with whole documents in them, each token behind BOS counted."""
+  bos, batches = engine.tokenizer.special("<BOS_TOKEN>"), []
+  documents = [(bos, *ids) for ids in engine.tokenizer.encode_many(documents)]
+  for rows in engines.pack(sorted(documents, key=len), config.batch):
+    width = max(sum(map(len, row)) for row in rows)
+    token, segment, weight = (np.zeros((config.batch, width), np.int32) for _ in range(3))
+    for number, row in enumerate(rows):
       start = 0
       for place, ids in enumerate(row, 1):
         here = slice(start, start + len(ids))
-        token[number, here], segment[number, here] = ids, place
-        weight[number, start + 1 : start + len(ids)] = 1
-        start += len(ids)
+        token[number, here], segment[number, here], weight[number, here] = ids, place, 1
+        weight[number, start] = 0
+        start = here.stop
     batches.append(dict(
         token_BT=token[:, :-1], target_BT=token[:, 1:], segment_BT=segment[:, :-1],
         position_BT=loader.positions(segment)[:, :-1], weight_BT=weight[:, 1:].astype(np.float32),
-        source_B=np.where(np.arange(config.batch) < len(part), 0, -1)))
+        source_B=np.where(np.arange(config.batch) < len(rows), 0, -1)))
   return batches
 
 
@@ -146,7 +141,7 @@ def _generate(engine, ours, theirs, config):
 
   bos = engine.tokenizer.special("<BOS_TOKEN>")
   prompts = [[bos, *engine.tokenizer.encode(document)[: 16 + number % 17]]
-             for number, document in enumerate(_documents(config)[: config.batch])]
+             for number, document in enumerate(_documents(engine, config)[: config.batch])]
   longest = max(map(len, prompts))
   padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
   seen = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
