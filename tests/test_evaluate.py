@@ -98,8 +98,10 @@ def whole(data, place, sets, tmp_path_factory):
 def test_every_task_is_measured_in_every_language_it_has(whole):
   found = result(whole)
   measured = {one["task"] for one in found["measures"]}
-  assert measured == {"bits_per_byte", *tasks.table()} - {"multijail"}
-  assert {one["task"] for one in found["unscored"]} == {"open", "multijail"}  # no judge
+  unscored = {one["task"]: one["why"] for one in found["unscored"]}
+  assert measured == {"bits_per_byte", *tasks.table()} - {"multijail", "open", "confusion"}
+  assert "judge" in unscored["open"] and "judge" in unscored["multijail"]
+  assert "no measure has a value" in unscored["confusion"]  # six tokens are no line
   for (task, _), by_column in columns(whole).items():
     if task in ("belebele", "translation", "cloze", "qa", "normad"):
       assert by_column["random@0"].keys() == set(CODES)

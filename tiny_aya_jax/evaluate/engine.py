@@ -1,7 +1,8 @@
 """A checkpoint on a mesh that answers lists of any length: log-likelihoods and greedy answers.
 
 Likelihoods are of packed rows, many inputs side by side, which see nothing of each other; equal
-inputs are computed once. Prompts are sorted by length and answered together. All processes ask the same and get the same back. What is asked is tasks.py's and harness.py's.
+inputs are computed once. Prompts are sorted by length and answered together. All processes ask the
+same and get the same back. What is asked is tasks.py's and harness.py's.
 """
 
 import bisect
@@ -77,7 +78,8 @@ def refuse_unless_possible(cfg, mesh, config):
   axes.shardings(mesh, tree["params"])
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
   if config.batch % rows:
-    raise run.Refused(f"a batch of {config.batch} rows does not split over {rows} devices of data and fsdp")
+    raise run.Refused(f"a batch of {config.batch} rows does not split over {rows} devices of data and "
+                      "fsdp")
 
 
 def is_hugging_face(place):

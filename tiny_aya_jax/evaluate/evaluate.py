@@ -41,8 +41,8 @@ def main(config, workdir):
   inputs = run.fingerprint([
       [(subject["name"], subject["identity"], subject["tokenizer"].sha256, subject["T"])
        for subject in subjects],
-      work["fingerprint"], _text(config.baselines), [config.judge.url, config.judge.model, config.judge.body],
-      config.dtype, config.baseline])
+      work["fingerprint"], _text(config.baselines), config.dtype, config.baseline,
+      [config.judge.url, config.judge.model, config.judge.body]])
   done = run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite)
   if not processes.agreed(not done):
     run.say(f"{workdir / 'report.html'}: up to date")
@@ -108,7 +108,8 @@ def check(config, workdir):
   if config.judge.url:
     settings = config.judge.to_dict()
     results.body(settings.pop("body"))
-    judge = client.Client(settings.pop("url"), settings.pop("model"), workdir / "judge.jsonl", **settings)
+    url, model = settings.pop("url"), settings.pop("model")
+    judge = client.Client(url, model, workdir / "judge.jsonl", **settings)
   _check_room(config, subjects, items)
   fingerprint = run.fingerprint([
       [manifest["sha256"] for manifest in manifests], items, config.choices, config.prompts,

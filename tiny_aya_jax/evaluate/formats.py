@@ -24,6 +24,7 @@ from tiny_aya_jax.data import text
 HUB = "hf://"
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".devtest", ".dev", ".parquet")
 COMPRESSED = (".gz", ".zst")
+ENDING = re.compile("|".join(f"{re.escape(kind)}$" for kind in (*KINDS, *COMPRESSED)))
 SPLITS = dict(test=("test", "devtest"), dev=("dev", "validation", "val"))
 TRADITIONAL = ("TW", "HK", "MO")  # regions that write Chinese so
 MOST_CHOICES = 8
@@ -76,7 +77,7 @@ def language_of(name):
   'mgsm_bn.tsv' -> ('ben_Beng', ''); 'por_latn_braz' -> ('por_Latn', 'braz'); 'hin_Latn' -> (None, '')
   """
   folder, _, stem = name.rpartition("/")
-  while (short := re.sub("|".join(f"{re.escape(kind)}$" for kind in (*KINDS, *COMPRESSED)), "", stem)) != stem:
+  while (short := ENDING.sub("", stem)) != stem:  # 'x.jsonl.gz'
     stem = short
   stem = re.sub(r"[._-]\d+(-of-\d+)?$", "", stem)
   pieces = [piece for piece in re.split(r"[._\- ]", stem) if piece]

@@ -61,8 +61,8 @@ def _generation(settings, T, what):
     raise run.Refused(f"{what} samples its answers ({settings}), and would be scored on chance: set "
                       "config.harness.greedy=True")
   if found["max_gen_toks"] > T // 2:
-    raise run.Refused(f"{what} asks for answers of {found['max_gen_toks']} tokens, more than half of {T}: "
-                      "set config.T")
+    raise run.Refused(f"{what} asks for answers of {found['max_gen_toks']} tokens, more than half of "
+                      f"{T}: set config.T")
   return found["max_gen_toks"], tuple(end for end in found["until"] if end)
 
 

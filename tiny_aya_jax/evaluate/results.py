@@ -21,23 +21,32 @@ def of(subjects, work, outputs, tools, judge, config):
 
     if judge:
       more = body(config.judge.body)
-      tools = tools._replace(ask=lambda requests, read: [
-          value for value, _ in judge.json_answers([merged(request, more) for request in requests], read)])
+      def ask(requests, read):
+        requests = [merged(request, more) for request in requests]
+        return [value for value, _ in judge.json_answers(requests, read)]
+
+      tools = tools._replace(ask=ask)
     table = tasks.table(config.choices)
     for name in work["items"]:
       if table[name].judged and not judge:
-        unscored.append(dict(task=name, why="config.judge.url is not set: answers are kept, not judged"))
+        why = "config.judge.url is not set: answers are kept, not judged"
+        unscored.append(dict(task=name, why=why))
       found = {column: table[name].measures(outputs[column][name], tools) for column in outputs}
-      measures += _measures(name, found, work["items"][name], table[name].few)
+      measures += _measures(name, found, work["items"][name], tasks.FEW)
   measures += _harness_measures(outputs) if config.harness.tasks else []
-  order = {code for measure in measures for column in measure["columns"].values() for code in column}
-  known = [code for code in languages.select(("all",)) if code in order]
+  measures = [measure for measure in measures if any(  # word pass rate, where no language has one
+      value is not None for column in measure["columns"].values() for value in column.values())]
+  named = {entry["task"] for entry in (*measures, *unscored)}
+  unscored += [dict(task=name, why="no measure has a value in any language: see its answers")
+               for name in work["items"] if name not in named]
   for measure in measures:
     measure["columns"] = {name: {code: _finite(value) for code, value in column.items()}
                           for name, column in measure["columns"].items()}
     measure["summary"] = {
         name: rollups.summary(column, measure["better"], measure["columns"].get(config.baseline))
         for name, column in measure["columns"].items()}
+  order = {code for measure in measures for column in measure["columns"].values() for code in column}
+  known = [code for code in languages.select(("all",)) if code in order]
   return dict(
       checkpoints={subject["name"]: dict(path=str(subject["path"]), step=subject["step"],
                                          dtype=config.dtype) for subject in subjects},
@@ -51,7 +60,7 @@ def of(subjects, work, outputs, tools, judge, config):
 
 
 def _counts(parts, items):
-  """Items that count, the fewest of all checkpoints: where a judge gave none, a figure rests on less."""
+  """Items that count, the fewest of all checkpoints: some have no verdict."""
   given = [part.counts for part in parts if part.counts]
   return {code: min([found.get(code, len(rows)) for found in given] or [len(rows)])
           for code, rows in items.items()}
@@ -99,7 +108,8 @@ def _harness_measures(outputs):
           note="lm-evaluation-harness", signature=None, unit="items", counts={}, few=100, beside={},
           columns={name: {} for name in outputs}))
       if item["language"] in measure["columns"][column]:
-        run.say(f"lm-eval gives {item['task']} {item['measure']} of {item['language']} twice: the first counts")
+        run.say(f"lm-eval gives {item['task']} {item['measure']} of {item['language']} twice: the first "
+                "counts")
         continue
       measure["columns"][column][item["language"]] = answer
       measure["counts"][item["language"]] = item["items"]

@@ -16,6 +16,8 @@ from tiny_aya_jax.data import toy
 from tiny_aya_jax.evaluate import arithmetic, confusion, formats, judge
 
 LETTERS = "ABCDEFGH"
+SOURCE = "eng_Latn"  # what is translated from, as in the report
+FEW = 100  # items below which a figure is too little to rank by
 EMBEDDED = "embedded"  # the place of a set that is in the package
 
 
@@ -29,7 +31,6 @@ class Task(NamedTuple):
   tokens: int | None = None  # most of an answer; None: nothing is generated
   ends: tuple = ()  # texts that end an answer to a plain prompt
   judged: bool = False  # whether measures need a judge
-  few: int = 100  # items below which a figure is too little to rank by
 
 
 class Measure(NamedTuple):
@@ -73,9 +74,8 @@ def read(name, place, codes, limit, choices):
   return found
 
 
-def table(choices="letters", source="eng_Latn"):
-  """{name: Task}. choices: 'letters' to choose from, or 'cloze': the answers' own texts.
-  source: the language that is translated from."""
+def table(choices="letters"):
+  """{name: Task}. choices: 'letters' to choose from, or 'cloze': the answers' own texts."""
   asked = _letters if choices == "letters" else _texts
   shown = functools.partial(_accuracies, alike=choices == "letters")
 
@@ -90,8 +90,7 @@ def table(choices="letters", source="eng_Latn"):
       global_piqa=Task(of(formats.global_piqa), _goes_on, _accuracies),
       xcopa=Task(_xcopa, _goes_on, _accuracies),
       cloze=Task(_cloze, _goes_on, _accuracies),
-      translation=Task(functools.partial(_parallel, source), functools.partial(_translate, source),
-                       _chrf, tokens=256, ends=("\n",)),
+      translation=Task(_parallel, _translate, _chrf, tokens=256, ends=("\n",)),
       mgsm=Task(_mgsm, lambda item, code: arithmetic.prompt(item["question"], code), _solved,
                 tokens=512),
       qa=Task(of(formats.qa), _prompt, _answered, tokens=64, ends=("\n",)),
@@ -131,8 +130,8 @@ def _worded(place, codes, known, what):
   return {code: rows for code, rows in found.items() if code in known}
 
 
-def _parallel(source, place, codes):
-  return formats.parallel(place, source, codes)
+def _parallel(place, codes):
+  return formats.parallel(place, SOURCE, codes)
 
 
 def _blend(place, codes):
@@ -206,8 +205,8 @@ def _prompt(item, code):
   return item["prompt"]
 
 
-def _translate(source, item, code):
-  return (f"Translate this text from {languages.find(source).name} into {languages.find(code).name}. "
+def _translate(item, code):
+  return (f"Translate this text from {languages.find(SOURCE).name} into {languages.find(code).name}. "
           f"Write the translation and nothing else.\n\n{item['source']}")
 
 
@@ -218,15 +217,14 @@ def _acceptable(item, code):
 
 def _chrf(answered, tools):
   """Corpus chrF of sacrebleu's defaults: characters up to 6, no words, beta 2."""
-  try:
-    from sacrebleu.metrics import CHRF
-  except ImportError:
-    raise run.Refused("translation needs the sacrebleu package: pip install 'tiny_aya_jax[eval]'") from None
+  from sacrebleu.metrics import CHRF  # evaluate.py has asked whether it is there
+
   metric, values = CHRF(), {}
   for code, pairs in answered.items():
     values[code] = metric.corpus_score([answer["text"].strip() for _, answer in pairs],
                                        [[item["reference"] for item, _ in pairs]]).score
-  return [Measure("chrF", values, note="of 100, over the corpus", signature=str(metric.get_signature())),
+  signature = str(metric.get_signature())
+  return [Measure("chrF", values, note="of 100, over the corpus", signature=signature),
           *_line_rates(answered, tools)]
 
 

@@ -107,7 +107,7 @@ def prove(folder, params, cfg, dtype):
 
 
 def _evaluated(report, path):
-  """[(task, measure, which way is better, its summary)] of this checkpoint in the workdir of an evaluation."""
+  """[(task, measure, which way is better, its summary)] of this checkpoint, from evaluate's workdir."""
   report = pathlib.Path(run.existing("report", report))
   found = run.read_json(report / "evaluation.json", "config.report")
   names = [name for name, one in found["checkpoints"].items() if one["path"] == str(path)]
@@ -140,8 +140,8 @@ Tokenizer {meta["tokenizer_sha256"][:16]}.
 
 def _evaluation(evaluated):
   """The card's table: a mean is never without its spread and its worst language."""
-  rows = [f"| {task} | {measure} | {better} | {found['mean']:.3f} | {found['deviation']:.3f} | {found['languages']} | "
-          f"{next(iter(found['worst']))} {found['poorest']:.3f} |"
+  rows = [f"| {task} | {measure} | {better} | {found['mean']:.3f} | {found['deviation']:.3f} | "
+          f"{found['languages']} | {next(iter(found['worst']))} {found['poorest']:.3f} |"
           for task, measure, better, found in evaluated if found["languages"]]
   return "\n".join(["", "## Evaluation", "", f"Every language is on [its page]({PAGE}).", "",
                     "| task | measure | better | mean | deviation | languages | worst |",
