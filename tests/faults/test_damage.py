@@ -13,7 +13,7 @@ import runs
 from harm import harm
 from tiny_aya_jax.train import saved
 
-FLIPS = 1000 if runs.FULL else 200
+FLIPS = 1000 if runs.FULL else 100
 
 
 @pytest.fixture(scope="module")
