@@ -155,7 +155,7 @@ class Client:
       threading.Thread(target=self._work, args=(waiting, done, stop), daemon=True).start()
     answers = {}
     try:
-      finished = (done.get() for _ in requests)
+      finished = (_next(done) for _ in requests)
       for key, answer in run.progress(finished, f"asking {self.model}", total=len(requests)):
         if isinstance(answer, BaseException):
           raise answer
@@ -254,6 +254,15 @@ class Client:
   def _count(self, **counts):
     with self.lock:
       self.counts.update(counts)
+
+
+def _next(done):
+  """Waits in short steps: a signal that arrives just before a wait is seen only after it."""
+  while True:
+    try:
+      return done.get(timeout=0.25)
+    except queue.Empty:
+      continue
 
 
 class _Untouched(urllib.request.HTTPErrorProcessor):
