@@ -20,6 +20,7 @@ import re
 
 from tiny_aya_jax import languages, run
 from tiny_aya_jax.data import text
+from tiny_aya_jax.data.identify import UNSPACED
 
 HUB = "hf://"
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".devtest", ".dev", ".parquet")
@@ -276,8 +277,6 @@ def global_piqa(records):
     yield _choice(row["prompt"], solutions, int(row["label"]))
 
 
-# Written without spaces between words.
-UNSPACED = ("Hani", "Jpan", "Thai", "Laoo", "Khmr", "Mymr")
 # "because" and "so", by which a premise goes on (our own; not checked by speakers of each language).
 CONNECTORS = dict(
     ekk_Latn=("sest", "seetõttu"), ind_Latn=("karena", "maka"), ita_Latn=("perché", "quindi"),

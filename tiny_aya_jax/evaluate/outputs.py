@@ -118,7 +118,7 @@ def _written(engine, asked, tokens, ends, prompts, what):
 
 
 def _bits_per_byte(engine, manifests, config):
-  """Rows {"item": {"language", "bytes"}, "answer": bits per byte} over all rows of the manifests."""
+  """Rows {"item": {"language"}, "answer": bits per byte} over all rows of the manifests."""
   with jax.set_mesh(engine.mesh):
     codes = [manifest["language"] for manifest in manifests]
     score = bits.scorer(engine.model, engine.tokenizer.bytes_V, len(codes), chunk=config.chunk)

@@ -12,7 +12,7 @@ import re
 from typing import Callable, NamedTuple
 
 from tiny_aya_jax import languages, run
-from tiny_aya_jax.data import toy
+from tiny_aya_jax.data import identify, toy
 from tiny_aya_jax.evaluate import arithmetic, confusion, formats, judge
 
 LETTERS = "ABCDEFGH"
@@ -167,7 +167,7 @@ def _texts(item, code):
 
 def _goes_on(item, code):
   """The choice goes on where the context ends."""
-  unspaced = languages.find(code).script in formats.UNSPACED
+  unspaced = languages.find(code).script in identify.UNSPACED
   between = item.get("between", "" if unspaced else " ")
   return item["context"], [between + choice for choice in item["choices"]]
 
