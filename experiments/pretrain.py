@@ -46,7 +46,12 @@ def get_config(variant="full"):
   c.attention = "splash"  # on TPU; "cudnn" on NVIDIA GPUs, "chunked" anywhere
   c.remat = "full"
   c.unroll = 1  # periods a scan step
-  c.loss = ConfigDict(dict(z_loss=0.0, chunk=256))  # SmolLM3: z-loss off
+  c.loss = ConfigDict(dict(
+      kind="next_token",  # or dpo, ipo: of scored pairs (preference.py, model/preference.py)
+      z_loss=0.0, chunk=256,  # SmolLM3: z-loss off
+      beta=0.1, length_normalised=False,  # dpo and ipo
+      pairs=0,  # a row, as packed
+  ))
   # AdamW and clipping of SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's are unpublished.
   c.optimizer = ConfigDict(dict(clip=1.0, adamw=dict(
       b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,

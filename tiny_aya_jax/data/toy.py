@@ -7,7 +7,7 @@ languages, dates, quantities, durations, lists), never English sentence frames.
 A *fact* is a tuple that belongs to no language, such as ("money", "BR"); `render` says it in one.
 Held out by fact: about one territory in ten, and so every sentence about it, is in `validation` in
 all languages; so are one in ten of all other facts, except the order of days and months, which
-cannot be held out. `instruct` uses train facts only.
+cannot be held out. `instruct` and `preference` use train facts only, `preference_validation` held-out.
 Under 300 distinct words in train, for want of CLDR: Malagasy 259, Shona 262, Maltese 296.
 Deterministic in (code, split) for one Babel version; independent of process and Python version.
 """
@@ -27,7 +27,7 @@ from babel.core import get_global
 
 from tiny_aya_jax import languages, run
 
-SPLITS = ("train", "validation", "instruct")
+SPLITS = ("train", "validation", "instruct", "preference", "preference_validation")
 
 # Train bytes follow FineWeb-2 bytes to this power, English (the largest) at the upper limit.
 # Ours: the exponent of temperature 3.33, so that the languages are unequal but none is invisible.
@@ -35,6 +35,7 @@ EXPONENT = 0.3
 TRAIN_BYTES = (20_000, 400_000)
 VALIDATION_BYTES = 5_000
 INSTRUCT_BYTES = 10_000
+PREFERENCE_BYTES = dict(preference=3_000, preference_validation=1_000)
 DOCUMENT_BYTES = (100, 800)
 
 # code -> Babel locale, where it is not the ISO code.
@@ -79,16 +80,16 @@ _SPANS = dict(second=1, minute=60, hour=3600, day=86400, week=604800, month=2592
 def documents(code, split):
   """The documents of one language and split, always the same ones.
 
-  Yields str ('train', 'validation': 100 to 800 bytes each) or a list of {"role", "content"}
-  ('instruct'). Refuses a code that is not one of the 70, and an unknown split.
+  Yields str ('train', 'validation': 100 to 800 bytes each), a list of {"role", "content"}
+  ('instruct') or {"messages", "chosen", "rejected"} (of preferences). Refuses a code that is not one of the 70, and an unknown split.
   """
   run.choose("toy split", split, SPLITS)
   words = _words(languages.find(code).code)
   source = random.Random(f"{words.code}/{split}")  # a str seed is hashed by SHA-512, not hash()
-  make = _conversation if split == "instruct" else _paragraph
+  make = dict(instruct=_conversation, preference=_pair).get(split.partition("_")[0], _paragraph)
   written, seen = 0, set()
   while written < size(words.code, split):
-    document = make(words, source, split == "validation")
+    document = make(words, source, split.endswith("validation"))
     if str(document) not in seen:
       seen.add(str(document))
       written += _bytes(document)
@@ -119,6 +120,8 @@ def cloze(code):
 
 def size(code, split):
   """Bytes after which `documents(code, split)` stops (it ends with the document that passes it)."""
+  if split in PREFERENCE_BYTES:
+    return PREFERENCE_BYTES[split]
   if split != "train":
     return VALIDATION_BYTES if split == "validation" else INSTRUCT_BYTES
   low, high = TRAIN_BYTES
@@ -133,6 +136,8 @@ def held_out(*fact):
 
 
 def _bytes(document):
+  if isinstance(document, dict):
+    return _bytes([*document["messages"], *({"content": document[side]} for side in ("chosen", "rejected"))])
   texts = [document] if isinstance(document, str) else [turn["content"] for turn in document]
   return sum(len(text.encode()) for text in texts)
 
@@ -170,6 +175,15 @@ def _conversation(words, source, held):
       turns.append(dict(role="assistant", content=answer))
       exchanges -= 1
   return turns
+
+
+def _pair(words, source, held):
+  """A question with its answer, and with the answer to another question of the same kind."""
+  while True:
+    ask = _pick(source, (_translate, _continue, _choose, _add))
+    asked, other = ask(words, source, held), ask(words, source, held)
+    if asked and other and asked[1] != other[1]:
+      return dict(messages=[dict(role="user", content=asked[0])], chosen=asked[1], rejected=other[1])
 
 
 def _translate(words, source, held):

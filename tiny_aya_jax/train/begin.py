@@ -179,10 +179,14 @@ def _with_paths(plan, current):
   return plan | dict(sources=sources)
 
 
+LOSS = ("kind", "beta", "length_normalised")
+
+
 def facts(config):
   """What a resume may change only with accept_change."""
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
               batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
+              loss={name: config.loss[name] for name in LOSS},
               dtype=config.dtype, matmul=config.matmul,
               guard=dict(window=config.guard.window, sigma=config.guard.sigma))
 
@@ -191,7 +195,7 @@ def trained(meta):
   """The `facts` of a checkpoint; where it is older than a field, all that there was before it."""
   optimizer = meta["run"]["optimizer"]
   adamw = dict(mu_dtype="float32") | optimizer["adamw"]
-  none = dict(matmul="dtype", guard=dict(window=128, sigma=math.inf))
+  none = dict(matmul="dtype", loss=dict(zip(LOSS, ("next_token", 0.1, False))), guard=dict(window=128, sigma=math.inf))
   return none | meta["run"] | dict(optimizer=optimizer | dict(adamw=adamw))
 
 

@@ -35,9 +35,13 @@ def check(config):
   manifests = loader.read_manifests(config.data.rows)
   tokenizer = tokenizers.load(config.tokenizer)
   validation = loader.read_manifests(config.data.validation) if config.data.validation else []
+  kind = loader.FIELDS if config.loss.kind == "next_token" else loader.SCORED
   for folder, found in ((config.data.rows, manifests), (config.data.validation, validation)):
     for manifest in found:
-      loader.check_fields(manifest)
+      loader.check_fields(manifest, (kind,) if found is manifests else (kind, loader.FIELDS))
+      if manifest["fields"] == loader.SCORED and manifest["pairs"] != config.loss.pairs:
+        raise run.Refused(f"{manifest['path']} has at most {manifest['pairs']} pairs a row, "
+                          f"config.loss.pairs is {config.loss.pairs}: set it to what pack was given")
     for manifest in found[:1]:  # read_manifests refuses mixtures of T or tokenizer
       if manifest["T"] != config.data.T:
         raise run.Refused(

@@ -20,6 +20,7 @@ def check(config):
 def _fields(config):
   run.choose_fields(config, "remat", "attention", "dtype", "matmul")
   run.choose("config.schedule.shape", config.schedule.shape, SHAPES)
+  run.choose("config.loss.kind", config.loss.kind, ("next_token", "dpo", "ipo"))
   run.choose("config.init_what", config.init_what, ("params", "state"))
   least = {"data.batch": 1, "data.T": 2, "data.threads": 0, "data.prefetch": 1, "loss.chunk": 1,
            "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
@@ -34,6 +35,10 @@ def _fields(config):
     if not smallest <= value < math.inf:  # so, nan is refused too
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
+  if not 0 < config.loss.beta < math.inf:
+    raise run.Refused(f"config.loss.beta is {config.loss.beta}, expected more than 0")
+  if config.loss.kind != "next_token" and config.loss.pairs < 1:
+    raise run.Refused(f"config.loss.pairs is {config.loss.pairs}, expected at least 1: what pack was given")
   if not config.guard.sigma > 0:
     raise run.Refused(f"config.guard.sigma is {config.guard.sigma}, expected more than 0: how many "
                       "deviations make a spike; 'inf' applies every finite update")
