@@ -62,6 +62,8 @@ def get_config(variant="full"):
       decay_steps=0,  # the cooldown is its own experiment (cooldown.py)
   ))
   c.steps = 2_861_023  # 6T tokens (report 2.2) at 2.1M a step
+  # Instead of steps: so many times the rows that the mixture draws from.
+  c.epochs = config_dict.placeholder(float)
   c.accumulate = 1
   c.log_every = 10
   c.evaluate_every = 5000
@@ -117,6 +119,7 @@ def mixture():
       # "(('instruct', 0.15),)": a source's share of every language that has it; 0: not drawn
       within=(("instruct", 0.0),),
       unit="tokens",  # or bytes: what shares, sizes and budget count
+      absent="refuse",  # a language that is named and has no rows; or leave_out
   ))
 
 

@@ -46,7 +46,7 @@ if [ "$size" = tiny ]; then
   stage pack pack.py:tiny_sft "$out/rows" tokenizer="$tokenizer"
   stage train pretrain.py:tiny "$out/pretrain" "${rows[@]}"
   stage train cooldown.py:tiny "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
-  stage train sft.py:tiny "$out/sft" init_from="$out/cooldown" data.rows="$out/rows/sft" \
+  stage train sft.py:tiny_global "$out/sft" init_from="$out/cooldown" data.rows="$out/rows/sft" \
     "${beside[@]}"
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
     tokenizer="$tokenizer" checkpoints="('$out/pretrain', '$out/cooldown', '$out/sft')" \

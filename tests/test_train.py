@@ -230,7 +230,7 @@ def test_a_fork_takes_moments_step_and_counters_and_sft_starts_over(data, whole,
   new = {name: count for name, count in mixture.counts(forked["plan"], 160).items() if count}
   assert sum(count for name, count in new.items() if name.endswith("/instruct")) >= 3  # 15% of 32
   sft = tmp_path / "sft"
-  assert call("train", "sft.py:tiny", sft, *fields(
+  assert call("train", "sft.py:tiny_global", sft, *fields(
       data, f"--config.init_from={fork}", "--config.steps=2", "--config.schedule.warmup_steps=0",
       "--config.schedule.peak=0.0", "--config.schedule.final=0.0")) == 0
   assert saved.steps(sft)[-1] == 2

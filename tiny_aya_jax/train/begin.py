@@ -12,7 +12,7 @@ import pathlib
 from typing import NamedTuple
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import loader, mixture
+from tiny_aya_jax.data import loader, mixture, rules
 from tiny_aya_jax.train import saved
 
 
@@ -150,6 +150,16 @@ def plan(config, manifests):
     run.say(f"config.data.plan is followed, {config.data.plan}: config.data.mixture is not read")
     return given
   return mixture.plan(manifests, rule(config, manifests))
+
+
+def steps(config, manifests):
+  """The steps of config.epochs: so many times the rows of the sources that are drawn from."""
+  if "budget" in rules.READS[config.data.mixture.kind] and config.data.mixture.budget is None:
+    raise run.Refused("config.epochs says how many steps, and the budget of this mixture is what the steps "
+                      "hold: set config.data.mixture.budget, or config.steps")
+  drawn = mixture.drawn(plan(config, manifests))
+  rows = sum(manifest["rows"] for manifest in manifests if manifest["name"] in drawn)
+  return max(math.ceil(config.epochs * rows / config.data.batch), 1)
 
 
 def rule(config, sources, start=0, start_row=0):

@@ -26,7 +26,10 @@ def main(config, workdir):
 
 
 def check(config):
-  """Returns (plan, validation manifests or [], tokenizer); raises Refused for anything wrong."""
+  """Returns (plan, validation manifests or [], tokenizer); raises Refused for anything wrong.
+
+  Sets config.steps where config.epochs is given.
+  """
   fields.check(config)
   if not config.data.rows:
     raise run.Refused("config.data.rows is not set: give the folder of packed rows")
@@ -57,6 +60,10 @@ def check(config):
     raise run.Refused(
         f"{config.tokenizer} has {tokenizer.size} ids, config.model.V only {config.model.V} rows"
     )
+  if config.epochs is not None:
+    config.steps = begins.steps(config, manifests)
+    run.say(f"{config.epochs:g} epochs are {config.steps} steps of {config.data.batch} rows")
+    fields.check(config)  # a schedule of so many steps
   return begins.plan(config, manifests), validation, tokenizer
 
 

@@ -58,6 +58,8 @@ def _fields(config):
     raise run.Refused("config.init_what is 'state' and config.init_from is not set: name the run "
                       "or checkpoint to fork from")
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+  if config.epochs is not None and not 0 < config.epochs < math.inf:
+    raise run.Refused(f"config.epochs is {config.epochs}, expected more than 0")
   if warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
     raise run.Refused(
         f"schedule: {warm} warm-up and {decay} decay steps do not fit into {config.steps} steps"
