@@ -31,6 +31,7 @@ def get_config(variant="full"):
   c.languages = ("all",)  # codes, names, regions; 'code' is a language here
   c.T = 8192  # the model's context (tiny_aya.md 1.1)
   c.packing = "split"  # best_fit: documents whole; needed for conversations
+  c.part, c.held_out = "all", 0.0  # or "train" and "held_out", and the share that is held out
   c.pairs = 0  # most preference pairs a row; 0: the text is documents or conversations
   c.rows_per_shard = 16384  # 57,351 bytes a row at T 8192: 0.9 GB raw, one open file per shard
   c.licence = config_dict.placeholder(str)  # into the manifest; not set: what clean noted of the text

@@ -18,6 +18,7 @@ holds both; at most `config.pairs` of them a row.
 import bisect
 import collections
 import concurrent.futures
+import hashlib
 import multiprocessing
 import os
 import pathlib
@@ -113,6 +114,10 @@ def _check(config, workdir):
   if config.pairs and config.packing != "best_fit":
     raise run.Refused("pairs are packed whole: give --config.packing=best_fit")
   run.plain_name("stage", config.stage)
+  run.choose("config.part", config.part, ("all", "train", "held_out"))
+  if not 0 <= config.held_out < 1 or (config.part == "all") != (config.held_out == 0):
+    raise run.Refused(f"config.part is {config.part!r} and config.held_out is {config.held_out}: expected "
+                      "all and 0, or train or held_out and the share that is held out, such as 0.05")
 
 
 def _wanted(config):
@@ -131,6 +136,7 @@ def _inputs(config, code, source, paths, tokenizer_sha256):
           T=config.T,
           packing=config.packing,
           **(dict(pairs=config.pairs) if config.pairs else {}),
+          **(dict(part=[config.part, config.held_out]) if config.held_out else {}),
           licence=_licence(config.text, config.licence, code, source),
           rows_per_shard=config.rows_per_shard,
           tokenizer=tokenizer_sha256,
@@ -200,7 +206,8 @@ def pack_source(job, config):
 def _write_source(job, config, folder):
   tokenizer, length = tokenizers.load(config["tokenizer"]), config["T"] + 1
   count = collections.Counter()
-  documents = _encoded(text.read(config["text"], job.code, job.source), tokenizer, config, count)
+  documents = _part(text.read(config["text"], job.code, job.source), config)
+  documents = _encoded(documents, tokenizer, config, count)
   if config["pairs"]:
     rows = best_fit(documents, length, count, most=config["pairs"])
   else:
@@ -226,6 +233,20 @@ def _write_source(job, config, folder):
       packing=config["packing"],
       inputs=job.inputs,
   )
+
+
+def _part(documents, config):
+  """Of a split, the documents of config.part: by a hash of the text or of the first question, so that
+  equal questions are on one side, in every language and source."""
+  def held_out(document):
+    messages = document["messages"] if isinstance(document, dict) else document
+    said = document if _is_text(document) else next(
+        (turn["content"] for turn in messages if turn["role"] == "user"), "")
+    return int(hashlib.sha256(said.encode()).hexdigest()[:8], 16) < config["held_out"] * 2**32
+
+  if config["part"] == "all":
+    return documents
+  return (document for document in documents if held_out(document) == (config["part"] == "held_out"))
 
 
 def _encoded(documents, tokenizer, config, count):

@@ -118,6 +118,19 @@ def cloze(code):
   return items
 
 
+def parallel(code):
+  """[{"prompt", "source", "reference"}]: held-out facts in English and in this language, at most 20, and
+  the question of `instruct` for them; none where CLDR has no English name of the language."""
+  words, english = _words(code), _words("eng_Latn")
+  source, items = random.Random(f"{words.code}/parallel"), {}
+  for _ in range(200):
+    asked = _translated(words, english, source, True) if words is not english else None
+    if asked and len(items) < 20:
+      said = asked[0].partition(english.colon)[2]
+      items[said] = dict(prompt=asked[0], source=said, reference=asked[1])
+  return list(items.values())
+
+
 def size(code, split):
   """Bytes after which `documents(code, split)` stops (it ends with the document that passes it)."""
   if split in PREFERENCE_BYTES:
@@ -190,6 +203,10 @@ def _translate(words, source, held):
   """A fact in another language (English one time in three) -> the same fact in this one."""
   others = languages.LANGUAGES
   other = _words("eng_Latn" if source.random() < 0.33 else _pick(source, others).code)
+  return _translated(words, other, source, held)
+
+
+def _translated(words, other, source, held):
   target = other.languages.get(words.tag) or other.languages.get(words.tag.partition("_")[0])
   fact = _pick(source, _DRAWS)(source, held, _territory(source, held))
   question, answer = render(other, fact), render(words, fact)
