@@ -24,7 +24,9 @@ def get_config(variant="full"):
   c.epochs = 1.0
   c.evaluate_every, c.save_every = 50, 100
   if variant == "small":
-    c.schedule.peak = 1e-4
+    c.schedule.update(peak=1e-4, warmup_steps=4)
+    c.epochs, c.steps = None, 40
+    c.log_every, c.evaluate_every, c.save_every = 10, 20, 100
   if variant == "tiny":
     c.schedule.update(peak=2e-4, warmup_steps=4)
     c.epochs, c.steps = None, 20

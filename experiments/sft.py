@@ -40,7 +40,9 @@ def get_config(variant="global"):
   if not size:
     c.data.batch = 32  # report 3.2; unit not stated, rows here
   if size == "small":  # ours: for models of a few million parameters
-    c.schedule.update(peak=1e-3, final=5e-5, warmup_steps=20)
+    c.schedule.update(peak=1e-3, final=5e-5, warmup_steps=10)
+    c.epochs, c.steps = None, 73  # 300k tokens
+    c.log_every, c.evaluate_every, c.save_every = 25, 10_000, 100
   if size == "tiny":
     c.schedule.update(peak=2e-3, final=1e-4, warmup_steps=10)
     c.epochs, c.steps = None, 60
