@@ -49,14 +49,19 @@ def found(cfg, pair, rows):
 
 @pytest.fixture(scope="module")
 def logits(cfg, rows):
-  """params -> logits_BTV of the rows, by the model as it is trained."""
+  """params -> logits_BTV of the rows."""
+  return forward(cfg, rows)
+
+
+def forward(cfg, rows):
+  """A function of params that returns the logits_BTV of rows, by the model as it is trained."""
   @jax.jit
-  def forward(params):
+  def apply(params):
     hidden_BTD = TinyAya(cfg).apply(
         {"params": params}, rows["token_BT"], rows["segment_BT"], rows["position_BT"])
     return transformer.logits(params, hidden_BTD, cfg)
 
-  return forward
+  return apply
 
 
 def brute_force(logits, pair):
@@ -177,14 +182,10 @@ def test_eight_devices_find_what_one_does(cfg, pair, rows, found):
               similarity.structural(cfg, pair, base))
 
 
-def test_the_mean_divergence_of_evaluate_is_that_of_the_features(cfg, pair, rows, found):
-  model = TinyAya(cfg)
-  parts = [{name: array[at : at + 4] for name, array in rows.items()} for at in (0, 4)]
-  entries = similarity.divergence((model, model), pair, parts, one_device(), [*CODES, "code"], chunk=64)
-  for code, entry in found["languages"].items():
-    assert entries[code] == dict(tokens=entry["tokens"], kl_ab=pytest.approx(entry["kl_ab"]["mean"], rel=1e-4),
-                                 kl_ba=pytest.approx(entry["kl_ba"]["mean"], rel=1e-4))
-  assert entries["code"] == dict(tokens=0, kl_ab=None, kl_ba=None)
+def test_sources_of_a_language_are_added_and_one_without_a_token_has_no_divergence():
+  totals = dict(tokens=np.array([3.0, 1.0, 0.0]), kl_ab=np.array([6.0, 2.0, 0.0]), kl_ba=np.array([1.0, 1.0, 0.0]))
+  assert similarity._averages(totals, ["deu_Latn", "deu_Latn", "code"]) == dict(
+      deu_Latn=dict(tokens=4, kl_ab=2.0, kl_ba=0.5), code=dict(tokens=0, kl_ab=None, kl_ba=None))
 
 
 def figures(a, b, base):
@@ -296,7 +297,7 @@ def arguments(data, *places, **fields):
 
 
 def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned, tmp_path, monkeypatch):
-  some = arguments(data, tuned, divergence_from=place)
+  some = arguments(data, tuned, divergence_from=place, **{"mesh.data": 8, "mesh.fsdp": 1})
   assert call("evaluate", "evaluate.py:tiny", tmp_path, *some) == 0
   measures = json.loads((tmp_path / "evaluation.json").read_text())["measures"]
   to, back = [one for one in measures if one["task"] == "divergence"]
@@ -305,7 +306,14 @@ def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned,
   for one in (to, back):
     assert len(one["columns"]["tuned"]) == 4
     assert all(0 < value < 1 for value in one["columns"]["tuned"].values())
-  assert to["columns"]["tuned"] != back["columns"]["tuned"]
+  cfg, manifests = saved.meta(place)["model"], loader.read_manifests(data / "rows/validation")[:1]
+  (rows,) = loader.every_row_once(manifests, manifests[0]["rows"])
+  pair = [checkpoint.restore_params(place)[0] for place in (tuned, place)]
+  expected = brute_force(forward(ml_collections.ConfigDict(cfg), rows), pair)
+  for one, values in zip((to, back), expected):
+    assert one["counts"]["deu_Latn"] == manifests[0]["trained"]
+    assert one["columns"]["tuned"]["deu_Latn"] == pytest.approx(
+        values[rows["weight_BT"] > 0].mean(), rel=1e-4)
   assert "KL(checkpoint || random@0)" in (tmp_path / "report.html").read_text()
   (tmp_path / "evaluation.json").unlink()
   monkeypatch.setattr(outputs.engines, "load", lambda *_: pytest.fail("computed again"))

@@ -242,12 +242,18 @@ def divergence(models, pair, batches, mesh, codes, *, chunk):
   with jax.set_mesh(mesh):
     for batch in batches:
       totals = add(*pair, axes.place(mesh, batch), totals)
+  return _averages(totals, codes)
+
+
+def _averages(totals, codes):
+  """Sums per source and the sources' languages -> the dict of `divergence`."""
   sums = {code: dict.fromkeys(totals, 0.0) for code in codes}
   for name, values in totals.items():
     for code, value in zip(codes, values.tolist()):
       sums[code][name] += value
-  return {code: dict(tokens=int(entry["tokens"]), **{
-      name: entry[name] / entry["tokens"] if entry["tokens"] else None for name in ("kl_ab", "kl_ba")})
+  return {
+      code: dict(tokens=int(entry["tokens"]), **{
+          name: entry[name] / entry["tokens"] if entry["tokens"] else None for name in ("kl_ab", "kl_ba")})
       for code, entry in sums.items()}
 
 
