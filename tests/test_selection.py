@@ -48,6 +48,7 @@ def test_a_better_candidate_that_is_less_safe_is_shown_and_not_chosen():
   assert "1 with a better one are less safe" in result["why"] and "at least 0.8" in result["why"]
   assert choose(safety=SAFETY, baseline_safety=0.85, tolerance=0.15)["choice"] == "slerp 0.5"
   assert choose(safety=SAFETY, baseline_safety=0.85)["choice"] == "linear 0.75"  # equal is no regression
+  assert 0.8 - 0.1 > 0.7 and choose(safety=SAFETY, baseline_safety=0.8, tolerance=0.1)["choice"] == "slerp 0.5"
 
 
 def test_where_none_is_safe_none_is_chosen_and_it_is_said():
@@ -236,7 +237,8 @@ def test_too_little_to_learn_from_is_refused(tmp_path):
 
 def test_rows_come_from_what_earlier_merges_wrote(tmp_path):
   pair = similarity(np.random.default_rng(4))
-  (tmp_path / "merge.json").write_text(json.dumps(dict(region="Africa", similarity=pair, scores=SCORES)))
+  scores = SCORES | {"ties 0.5": SCORES["ties 0.5"] | dict(deu_Latn=1.0)}  # of which there is no probe
+  (tmp_path / "merge.json").write_text(json.dumps(dict(region="Africa", similarity=pair, scores=scores)))
   rows = selection.read_rows([tmp_path / "merge.json"])
   assert len(rows) == 9 and {row["region"] for row in rows} == {"Africa"}
   found = {(row["candidate"], row["code"]): row for row in rows}

@@ -319,8 +319,10 @@ def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned,
   monkeypatch.setattr(outputs.engines, "load", lambda *_: pytest.fail("computed again"))
   assert call("evaluate", "evaluate.py:tiny", tmp_path, *some) == 0
   assert json.loads((tmp_path / "evaluation.json").read_text())["measures"] == measures
-  other = arguments(data, tuned, place, divergence_from=tuned)
+  other = [*some, f"--config.divergence_from={tuned}"]
   assert call("evaluate", "evaluate.py:tiny", tmp_path, *other) == 65  # made from other inputs
+  with pytest.raises(pytest.fail.Exception, match="computed again"):
+    call("evaluate", "evaluate.py:tiny", tmp_path, *other, "--config.overwrite=True")
 
 
 def test_a_divergence_that_cannot_be_is_refused(data, place, tuned, tmp_path, capsys):
