@@ -226,6 +226,12 @@ def tensor_names(cfg):
   return names | {"model.norm.weight": (("norm_D",), None)}
 
 
+def leaf_shapes(cfg):
+  """{path in our tree: shape}, stacked leaves with their L."""
+  return {path: (*(() if period is None else (cfg.L,)), *_shape(cfg, path[-1]))
+          for path, period in tensor_names(cfg).values()}
+
+
 def _shape(cfg, name):
   return tuple(getattr(cfg, letter) for letter in name.rpartition("_")[2])
 
