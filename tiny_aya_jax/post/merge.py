@@ -51,7 +51,7 @@ def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, lambda
   shapes = _shapes(models[0])
   for number, tree in enumerate([*models, base] if base is not None else models):
     if _shapes(tree) != shapes:
-      odd = sorted("/".join(path) for path, _ in _shapes(tree).items() ^ shapes.items())
+      odd = sorted({"/".join(path) for path, _ in _shapes(tree).items() ^ shapes.items()})
       raise run.Refused(f"model {number} differs from model 0 in {len(odd)} arrays, e.g. {odd[0]}")
   sources = [_tree_source(f"model {number}", tree) for number, tree in enumerate(models)]
   below = _tree_source("base", base) if base is not None else None
@@ -472,7 +472,7 @@ def _checkpoint_source(one, shapes):
 
   held, read_leaf = checkpoint.leaves(one.path)
   expected = {"/".join(path): shape for path, shape in shapes.items()}
-  if odd := sorted(name for name, _ in held.items() ^ expected.items()):
+  if odd := sorted({name for name, _ in held.items() ^ expected.items()}):
     raise saved.Damaged(f"{one.path}: params differs from its model in {len(odd)} arrays, e.g. {odd[0]}")
   kept = {}
 
