@@ -15,6 +15,7 @@ VERBS = dict(
     pack=("tiny_aya_jax.data.pack", "documents or conversations -> rows of T+1 tokens, manifest"),
     train=("tiny_aya_jax.train.door", "rows -> checkpoints: pretraining, cooldown and SFT alike"),
     score=("tiny_aya_jax.train.score", "packed pairs -> with a reference's log-probabilities"),
+    merge=("tiny_aya_jax.post.merge", "checkpoints and Hugging Face folders -> one model: linear, slerp, TIES"),
     evaluate=("tiny_aya_jax.evaluate.evaluate", "checkpoints -> bits per byte and tasks per language, a page"),
     export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
     talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),

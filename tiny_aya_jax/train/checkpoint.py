@@ -16,12 +16,14 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from tiny_aya_jax import processes, run
 from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")
+CHUNK_BYTES = 64 << 20  # of a leaf written alone: what a shard reads of it
 RETRY_SECONDS = 1.0  # after a first failure to read
 # In what TensorStore says when the fault is not the file's.
 ELSEWHERE = ("UNAVAILABLE|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED"
@@ -58,6 +60,55 @@ def begin(workdir, step, items, *, seconds):
   items = items | dict(meta=saved.signed(meta, items.get("data")))
   with _context(seconds):
     return ocp.save_checkpointables_async(folder / str(step), items).result
+
+
+def write_params(workdir, step, leaves, meta):
+  """Writes a checkpoint of params and meta alone, as `step`, a leaf at a time; replaces an older one.
+
+  leaves: (path, NumPy array) of every parameter, in any order; no more than one need be in memory.
+  Orbax keeps all that it encodes until it commits: so there are many commits, joined when all leaves
+  are there. One process, which must not be training in `workdir`.
+  """
+  folder = pathlib.Path(workdir).absolute() / "checkpoints"
+  parts, whole = folder / f"{step}.parts{TEMPORARY}", folder / f"{step}.whole{TEMPORARY}"
+  folder.mkdir(parents=True, exist_ok=True)
+  sweep(workdir)
+  try:
+    prints = _write_leaves(parts / "params", leaves)
+    meta = meta | dict(step=step, fingerprints=dict(params=prints))
+    with _context():  # Orbax's own record of what a checkpoint has, with a stand-in for params
+      ocp.save_checkpointables(whole, dict(params=dict(none=0), meta=saved.signed(meta, None)))
+  except BaseException:
+    sweep(workdir)
+    raise
+  shutil.rmtree(whole / "params")
+  (parts / "params" / "state").rename(whole / "params")
+  if (folder / str(step)).exists():
+    (folder / str(step)).rename(folder / f"{step}.old")
+  whole.rename(folder / str(step))
+  sweep(workdir)
+  prune(workdir, keep=1)
+
+
+def _write_leaves(path, leaves):
+  """Commits when the leaves at hand fill a chunk; {path: fingerprint}."""
+  prints, tree, size = {}, {}, 0
+  with _frugal(_context()):
+    for key, leaf in leaves:
+      prints["/".join(key)] = fingerprints(dict(leaf=leaf))["leaf"]
+      node = tree
+      for name in key[:-1]:
+        node = node.setdefault(name, {})
+      node[key[-1]] = leaf
+      size += leaf.nbytes
+      del leaf  # before the next is made
+      if size >= CHUNK_BYTES:
+        ocp.partial.save(path, tree)
+        tree, size = {}, 0
+    if tree:
+      ocp.partial.save(path, tree)
+    ocp.partial.finalize(path)
+  return prints
 
 
 def prune(workdir, keep):
@@ -105,6 +156,28 @@ def restore_params(path, shardings=None):
   )
   items = restore(path, dict(params=abstract), names=("params",))
   return items["params"], items["meta"]
+
+
+def leaves(path):
+  """(shapes, read) of a checkpoint's params: {"a/b": shape}, and "a/b" -> NumPy array, verified.
+
+  A call reads one leaf; nothing is kept.
+  """
+  path, facts = saved.find(path), saved.meta(path)
+  described = _described(path, "params")
+  shapes = {_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
+  if odd := sorted(shapes.keys() ^ facts["fingerprints"]["params"].keys()):
+    raise saved.Damaged(f"{path}: params is not what was saved in {len(odd)} arrays, e.g. {odd[0]}")
+
+  def read(name):
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda key, leaf: _like(leaf) if _name(key) == name else ..., described)
+    found = _load(path, dict(params=abstract))["params"]
+    leaf = next(leaf for key, leaf in jax.tree_util.tree_leaves_with_path(found) if _name(key) == name)
+    _check(path, "params", {name: leaf}, facts)
+    return leaf
+
+  return shapes, read
 
 
 def verify(path):
@@ -159,6 +232,11 @@ def _described(path, name):
   if found.get(name) is None:
     raise saved.Damaged(f"{path} has no readable {name}: a part of it was removed; use another step")
   return found[name]
+
+
+def _like(leaf):
+  """What Orbax restores as a NumPy array: an array of that shape, of one number's memory."""
+  return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _compare(path, name, abstract, facts):
@@ -222,6 +300,18 @@ def _name(path):
 
 def _here():
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _frugal(context):
+  """For NumPy arrays that nobody changes meanwhile: no copy, and pieces that a shard can read alone.
+
+  Not compressed: fp32 weights would shrink by a tenth, in twice the time.
+  """
+  context.memory_options.deepcopy_host_arrays = False
+  context.array_options.saving.use_compression = False
+  context.memory_options.write_concurrent_bytes = 4 * CHUNK_BYTES
+  context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+  return context
 
 
 def _context(seconds=1200):
