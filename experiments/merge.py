@@ -15,7 +15,7 @@ from tiny_aya_jax import run
 
 
 def get_config(variant="full"):
-  run.choose("variant", variant, ("full", "slerp", "ties", "tiny"))
+  run.choose("variant", variant, ("full", "slerp", "ties", "small", "tiny"))
   c = ConfigDict()
   c.checkpoints = ()  # workdirs (their newest step), checkpoint folders or Hugging Face folders
   c.base = config_dict.placeholder(str)  # what task vectors are taken from: one more of these
@@ -32,6 +32,28 @@ def get_config(variant="full"):
   c.normalize = config_dict.placeholder(bool)
   c.seed = 0  # of dare's coins
   c.tokenizer = config_dict.placeholder(str)  # to compare a checkpoint's with a folder's; for a folder
+  c.search = ConfigDict(dict(  # over 2 checkpoints, Global and a region's; instead of the operator above
+      candidates=(),  # "(('linear', 0.3), ('slerp', 0.5), ('ties', 0.7))": strengths are the second's share
+      region=config_dict.placeholder(str),  # a name for the record: earth, fire, water
+      languages=("all",),  # those that decide: names, regions
+      rows=config_dict.placeholder(str),  # packed: scores are minus bits per byte of what has weight
+      safety=config_dict.placeholder(str),  # packed pairs: how often the chosen answer is the likelier
+      tolerance=0.01,  # by which safety may be below Global's; ours: unpublished
+      minimum_weight=0.5,  # of the poorest language beside the mean; ours: report 3.3 says "strong minimum"
+      probe=config_dict.placeholder(str),  # packed, unlabelled: similarity, into merge.json
+      probe_tokens=10_000,  # a language (report 3.3)
+      learn_from=(),  # merge.json of searches that measured: scores are predicted
+      ridge=10.0,  # ours
+      batch=32, chunk=512, dtype="bfloat16", attention="chunked",
+      mesh=dict(data=1, fsdp=-1, tensor=1, context=1),
+  ))
+  if variant in ("small", "tiny"):
+    c.search.update(batch=16, chunk=64, dtype="float32", candidates=(
+        ("linear", 0.5), ("slerp", 0.5), ("ties", 0.5)))
+    c.density = 0.5
+  if variant == "small":
+    c.search.candidates = tuple(
+        (operator, strength) for operator in ("linear", "slerp", "ties") for strength in (0.1, 0.3, 0.5, 0.7, 0.9))
   c.output = "checkpoint"  # or "huggingface": the folder WORKDIR/huggingface
   c.dtype = "float32"  # of that folder
   c.overwrite = False

@@ -87,6 +87,19 @@ def totals(params, batch, before, *, model, config, sources):
   return found if before is None else jax.tree.map(jnp.add, before, found)
 
 
+def likelier(params, batch, before, *, model, J, chunk, sources):
+  """{"pairs", "likelier": [sources]} added to `before`, None for none: how many pairs there are, and of how
+  many the chosen answer is the likelier one a token."""
+  nats_BJC = answer_nats(hidden(params, batch, model), params["embedding_VD"], batch, J,
+                         logit_scale=model.cfg.logit_scale, chunk=chunk)
+  tokens_BJC = by_side(batch["weight_BT"], batch, J)
+  real_BJ = (tokens_BJC.min(-1) > 0).astype(jnp.float32)
+  mean_BJC = nats_BJC / jnp.maximum(tokens_BJC, 1)
+  found = dict(pairs=real_BJ, likelier=real_BJ * (mean_BJC[..., 0] < mean_BJC[..., 1]))
+  found = {name: bits.by_source(x_BJ, batch["source_B"], sources) for name, x_BJ in found.items()}
+  return found if before is None else jax.tree.map(jnp.add, before, found)
+
+
 def by_side(x_BT, batch, J):
   """Sums over the tokens of each pair and side: [B, J, C], chosen first."""
   pair_BTJ, side_BTC = _members(batch, J)

@@ -8,7 +8,6 @@ recipe.
 
 import itertools
 import math
-import os
 import pathlib
 import shutil
 import time
@@ -18,7 +17,7 @@ import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
-from tiny_aya_jax.post import operators
+from tiny_aya_jax.post import operators, search
 from tiny_aya_jax.train import begin, saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
@@ -55,13 +54,17 @@ def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, lambda
       raise run.Refused(f"model {number} differs from model 0 in {len(odd)} arrays, e.g. {odd[0]}")
   sources = [_tree_source(f"model {number}", tree) for number, tree in enumerate(models)]
   below = _tree_source("base", base) if base is not None else None
-  merged = {}
-  for path, leaf in _stacked(shapes, merged_tensors(shapes, sources, below, recipe)):
-    node = merged
+  return _nested(_stacked(shapes, merged_tensors(shapes, sources, below, recipe)))
+
+
+def _nested(leaves):
+  tree = {}
+  for path, leaf in leaves:
+    node = tree
     for key in path[:-1]:
       node = node.setdefault(key, {})
     node[path[-1]] = leaf
-  return merged
+  return tree
 
 
 def check(operator, models, base, settings):
@@ -269,8 +272,10 @@ def main(config, workdir):
   """Writes workdir/checkpoints/0 or workdir/huggingface, and workdir/merge.json."""
   began = time.monotonic()
   settings = {name: config[name] for name in ("weights", "t", "density", "trimming", "normalize", "seed")}
-  recipe = check(config.operator, len(config.checkpoints), bool(config.base),
-                 settings | dict(lambda_=config["lambda"]))
+  settings["lambda_"] = config["lambda"]
+  work = search.check(config, READS) if config.search.candidates else None
+  recipes = {one: _candidate(config, settings, *one) for one in work["candidates"]} if work else {}
+  recipe = None if work else check(config.operator, len(config.checkpoints), bool(config.base), settings)
   run.choose("config.output", config.output, ("checkpoint", FOLDER))
   run.choose("config.dtype", config.dtype, ("bfloat16", "float16", "float32"))
   if config.output == "checkpoint" and config.dtype != "float32":
@@ -283,9 +288,10 @@ def main(config, workdir):
     begin.same_fields(other.path, other.model, inputs[0].model)
   sha256, texts = _tokenizer(config, everything)
   facts = dict(
-      inputs=run.fingerprint([recipe, [one.fingerprint for one in inputs], base and base.fingerprint,
+      inputs=run.fingerprint([recipe or [list(recipes.values()), search.fingerprint(config, work)],
+                              [one.fingerprint for one in inputs], base and base.fingerprint,
                               sha256, config.output, config.dtype]),
-      **recipe, checkpoints=[_told(one) for one in inputs], base=base and _told(base),
+      **(recipe or {}), checkpoints=[_told(one) for one in inputs], base=base and _told(base),
       tokenizer_sha256=sha256,
   )
   _refuse_others(workdir)
@@ -293,15 +299,56 @@ def main(config, workdir):
   if run.up_to_date(record, facts["inputs"], config.overwrite) and _whole(workdir, config, facts):
     run.say(f"{record}: up to date")
     return
-  import jax
+  found = {}
+  if work:
+    found = _searched(config, work, inputs, base, recipes, workdir, facts["inputs"])
+    recipe = recipes[found["operator"], found["strength"]]
+    facts |= recipe
+  else:
+    import jax
 
-  jax.config.update("jax_platforms", "cpu")  # NumPy's work: no accelerator is taken
+    jax.config.update("jax_platforms", "cpu")  # NumPy's work: no accelerator is taken
   write = _write_checkpoint if config.output == "checkpoint" else _write_folder
   place = write(workdir, config, inputs, base, recipe, facts, texts)
-  run.write_json(record, facts | dict(
+  run.write_json(record, facts | found | dict(
       output=str(place), dtype=config.dtype, seconds=round(time.monotonic() - began, 1),
       **run.provenance(config)))
   run.say(f"merged {', '.join(str(one.path) for one in inputs)} by {_sentence(recipe)} into {place}")
+
+
+def _candidate(config, settings, operator, strength):
+  """The recipe of a candidate of the search."""
+  asked = settings | search.settings(operator, strength)
+  return check(operator, len(config.checkpoints), "base" in READS[operator], asked)
+
+
+def _searched(config, work, inputs, base, recipes, workdir, key):
+  """What search.decide finds; the models are in memory as long."""
+  import ml_collections
+
+  trees = [_tree(one) for one in (*inputs, base) if one]
+  models, below = trees[: len(inputs)], trees[len(inputs)] if base else None
+
+  def merged(*candidate):
+    recipe = dict(recipes[candidate])
+    operator = recipe.pop("operator")
+    return merge(models, operator, base=below if "base" in READS[operator] else None, **recipe)
+
+  workdir.mkdir(parents=True, exist_ok=True)
+  cfg = ml_collections.ConfigDict(inputs[0].model)
+  return search.decide(config, work, cfg, models, below, merged, workdir, key)
+
+
+def _tree(one):
+  """The parameters of an input, NumPy arrays in our tree."""
+  import ml_collections
+
+  from tiny_aya_jax.export import huggingface
+
+  shapes = huggingface.leaf_shapes(ml_collections.ConfigDict(one.model))
+  source = _folder_source(one) if one.folder else _checkpoint_source(one, shapes)
+  tensors = ((path, period, _read(source, path, period)) for path, period in _places(shapes))
+  return _nested(_stacked(shapes, tensors))
 
 
 def _sentence(recipe):
