@@ -25,10 +25,10 @@ READS = dict(  # of what `merge` takes
     linear=("weights", "normalize"),
     slerp=("t",),
     nuslerp=("base", "t"),
-    task_arithmetic=("base", "weights", "lambda_", "normalize"),
-    ties=("base", "weights", "density", "trimming", "lambda_", "normalize"),
-    dare_linear=("base", "weights", "density", "lambda_", "normalize", "seed"),
-    dare_ties=("base", "weights", "density", "lambda_", "normalize", "seed"),
+    task_arithmetic=("base", "weights", "scale", "normalize"),
+    ties=("base", "weights", "density", "trimming", "scale", "normalize"),
+    dare_linear=("base", "weights", "density", "scale", "normalize", "seed"),
+    dare_ties=("base", "weights", "density", "scale", "normalize", "seed"),
 )
 FOLDER = "huggingface"
 TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -36,7 +36,7 @@ TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
 MOST_T = 8192  # of a Hugging Face folder that says more, as in evaluate
 
 
-def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, lambda_=1.0,
+def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, scale=1.0,
           trimming="tensor", normalize=None, seed=0):
   """Parameter trees (nested dicts of arrays) -> their merge, a tree of fp32 NumPy arrays.
 
@@ -45,7 +45,7 @@ def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, lambda
   that are not finite.
   """
   recipe = check(operator, len(models), base is not None, dict(
-      weights=weights, t=t, density=density, lambda_=lambda_, trimming=trimming,
+      weights=weights, t=t, density=density, scale=scale, trimming=trimming,
       normalize=normalize, seed=seed))
   shapes = _shapes(models[0])
   for number, tree in enumerate([*models, base] if base is not None else models):
@@ -79,9 +79,9 @@ def check(operator, models, base, settings):
     raise run.Refused(f"{operator} needs the base that the models were trained from" if not base else
                       f"{operator} reads no base: leave it out, or give it as one of the models")
   recipe = dict(operator=operator) | {name: settings[name] for name in reads if name != "base"}
-  for name in ("t", "density", "lambda_"):
+  for name in ("t", "density", "scale"):
     if name in reads and not math.isfinite(recipe[name]):
-      raise run.Refused(f"{name.rstrip('_')} is {recipe[name]}, expected a number")
+      raise run.Refused(f"{name} is {recipe[name]}, expected a number")
   if "t" in reads and not 0 <= recipe["t"] <= 1:
     raise run.Refused(f"t is {recipe['t']}, expected 0 (the first model) to 1 (the second)")
   if "density" in reads and not 0 < recipe["density"] <= 1:
@@ -272,7 +272,7 @@ def main(config, workdir):
   """Writes workdir/checkpoints/0 or workdir/huggingface, and workdir/merge.json."""
   began = time.monotonic()
   settings = {name: config[name] for name in ("weights", "t", "density", "trimming", "normalize", "seed")}
-  settings["lambda_"] = config["lambda"]
+  settings["scale"] = config.scale
   work = search.check(config, READS) if config.search.candidates else None
   recipes = {one: _candidate(config, settings, *one) for one in work["candidates"]} if work else {}
   recipe = None if work else check(config.operator, len(config.checkpoints), bool(config.base), settings)
@@ -352,7 +352,7 @@ def _tree(one):
 
 
 def _sentence(recipe):
-  return ", ".join([recipe["operator"], *(f"{name.rstrip('_')} {value}" for name, value in recipe.items()
+  return ", ".join([recipe["operator"], *(f"{name} {value}" for name, value in recipe.items()
                                          if name != "operator")])
 
 
