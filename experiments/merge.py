@@ -5,17 +5,28 @@
   python -m tiny_aya_jax merge --config=experiments/merge.py:ties --workdir=runs/ties \\
       --config.checkpoints="('runs/global', 'runs/south_asia')" --config.base=runs/cooldown
 
-Expected: WORKDIR/checkpoints/0, which evaluate, export, talk and train's init_from read, and
-merge.json, the recipe. Memory is that of the largest parameter of each model, not of the models.
+  python -m tiny_aya_jax merge --config=experiments/merge.py:fire --workdir=runs/fire \\
+      --config.checkpoints="('runs/global', 'runs/sft_fire')" --config.base=runs/cooldown \\
+      --config.tokenizer=runs/vocab/tokenizer.model --config.search.rows=runs/data/sft_held_out \\
+      --config.search.safety=runs/data/safety_pairs --config.search.probe=runs/data/validation
+
+:earth, :fire and :water search: each candidate is merged and measured on development rows of its
+region, and one is chosen (post/selection.py). Expected: WORKDIR/checkpoints/0, which evaluate,
+export, talk and train's init_from read, and merge.json: the recipe, and what was measured. Memory is
+that of the largest parameter of each model, not of the models; a search holds the models too.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 from tiny_aya_jax import run
 
+REGIONS = dict(  # whose languages decide (report 3.3); ours: where a model is meant to be the best
+    earth=("Africa", "West Asia"), fire=("South Asia",), water=("Asia Pacific", "Europe"))
+
 
 def get_config(variant="full"):
-  run.choose("variant", variant, ("full", "slerp", "ties", "small", "tiny"))
+  searches = [f"{size}{region}" for size in ("", "small_", "tiny_") for region in REGIONS]
+  run.choose("variant", variant, ("full", "slerp", "ties", *searches))
   c = ConfigDict()
   c.checkpoints = ()  # workdirs (their newest step), checkpoint folders or Hugging Face folders
   c.base = config_dict.placeholder(str)  # what task vectors are taken from: one more of these
@@ -47,13 +58,14 @@ def get_config(variant="full"):
       batch=32, chunk=512, dtype="bfloat16", attention="chunked",
       mesh=dict(data=1, fsdp=-1, tensor=1, context=1),
   ))
-  if variant in ("small", "tiny"):
-    c.search.update(batch=16, chunk=64, dtype="float32", candidates=(
-        ("linear", 0.5), ("slerp", 0.5), ("ties", 0.5)))
+  size, _, region = variant.rpartition("_")
+  if region in REGIONS:
+    c.search.update(region=region, languages=REGIONS[region], candidates=tuple(
+        (operator, strength) for operator in ("linear", "slerp", "ties") for strength in (
+            (0.5,) if size == "tiny" else (0.1, 0.3, 0.5, 0.7, 0.9))))  # report 3.3; strengths: unpublished
     c.density = 0.5
-  if variant == "small":
-    c.search.candidates = tuple(
-        (operator, strength) for operator in ("linear", "slerp", "ties") for strength in (0.1, 0.3, 0.5, 0.7, 0.9))
+  if size:
+    c.search.update(batch=16, chunk=64, dtype="float32", tolerance=0.1)  # few pairs, young models
   c.output = "checkpoint"  # or "huggingface": the folder WORKDIR/huggingface
   c.dtype = "float32"  # of that folder
   c.overwrite = False

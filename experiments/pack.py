@@ -18,8 +18,8 @@ from ml_collections import config_dict
 
 from tiny_aya_jax import run
 
-VARIANTS = ("full", "small", "tiny", "tiny_instruct", "tiny_validation", "tiny_sft", "tiny_pairs",
-            "tiny_pairs_validation")
+VARIANTS = ("full", "small", "tiny", "tiny_instruct", "tiny_validation", "tiny_sft", "tiny_sft_held_out",
+            "tiny_pairs", "tiny_pairs_held_out")
 
 
 def get_config(variant="full"):
@@ -48,11 +48,13 @@ def get_config(variant="full"):
     c.text, c.stage = "embedded/validation", "validation"
   if variant == "tiny_instruct":  # beside the text, as the source 'instruct': the cooldown's
     c.text, c.packing = "embedded/instruct", "best_fit"
-  if variant.startswith("tiny_pairs"):
-    c.text, c.stage = "embedded/preference", variant.removeprefix("tiny_")
+  if variant.startswith("tiny_sft"):
+    c.text, c.packing, c.held_out = "embedded/instruct", "best_fit", 0.1
+  if variant.startswith("tiny_pairs"):  # of facts that are held out
+    c.text = "embedded/preference" + ("_validation" if variant.endswith("held_out") else "")
     c.packing, c.pairs = "best_fit", 16
-  if variant == "tiny_pairs_validation":
-    c.text = "embedded/preference_validation"
-  if variant == "tiny_sft":
-    c.text, c.stage, c.packing = "embedded/instruct", "sft", "best_fit"
+  if variant.startswith(("tiny_sft", "tiny_pairs")):
+    c.stage = variant.removeprefix("tiny_")
+  if c.held_out:
+    c.part = "held_out" if variant.endswith("held_out") else "train"
   return c

@@ -43,9 +43,9 @@ def safety(data, tmp_path_factory):
 
 
 def searched(workdir, pair, data, *more):
-  return call("merge", "merge.py:tiny", workdir, f"--config.checkpoints={pair}",
+  return call("merge", "merge.py:tiny_fire", workdir, f"--config.checkpoints={pair}",
               f"--config.search.rows={data / 'rows/validation'}", "--config.search.batch=8",
-              f"--config.tokenizer={data / 'tokenizer.model'}", "--config.search.region=fire",
+              f"--config.tokenizer={data / 'tokenizer.model'}", "--config.search.languages=('all',)",
               f"--config.search.candidates={CANDIDATES}", *more)
 
 
