@@ -9,7 +9,7 @@ FLOOR = {
     "evaluate": 2, "export": 2, "bench": 3, "bench_loader": 3, "bench_evaluation": 3, "bench_pieces": 3, "bench_steps": 3,
     "bench_torch": 3, "talk": 3, "sweep": 3, "plan": 3, "__main__": 4,
 }  # fmt: skip
-VERBS = {"clean", "vocab", "pack", "evaluate", "export", "talk", "verify", "bench", "plan", "door"}
+VERBS = {"clean", "vocab", "pack", "synthesize", "evaluate", "export", "talk", "verify", "bench", "plan", "door"}
 
 
 def modules():
