@@ -66,11 +66,9 @@ def _ask_all(asker, readers, asks, done):
 class Endpoint:
   """A client and what is added to each of its requests: called, it answers a list of them."""
 
-  def __init__(self, endpoint, settings):
-    """settings: of an endpoint in experiments/synthesize.py; `endpoint`: its client.Client."""
-    self.client = endpoint
-    self.fields = dict(temperature=settings["temperature"], max_tokens=settings["tokens"])
-    self.fields |= body(settings["body"])
+  def __init__(self, asker, fields):
+    """asker: a client.Client; fields: of a request's body."""
+    self.client, self.fields = asker, fields
 
   def __call__(self, requests, read):
     requests = [_merged(request, self.fields) for request in requests]

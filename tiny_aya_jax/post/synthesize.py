@@ -42,10 +42,10 @@ PASSED_ON = ("id", "url", "source", "licence", "license", "task")  # fields of a
 
 def main(config, workdir):
   """Plays config.recipe over config.text; writes what the module's head lists."""
-  used = check(config, workdir)
+  askers = check(config, workdir)
   record = workdir / _named("synthesis", ".json", config.part)
   sign = workdir / text.SYNTHESIS / _named("part", "", config.part)
-  inputs = _inputs(config, used)
+  inputs = _inputs(config, askers)
   if not sign.exists() and run.up_to_date(record, inputs, config.overwrite):
     run.say(f"{record}: up to date")
     return
@@ -54,7 +54,7 @@ def main(config, workdir):
     items = list(itertools.islice(_items(config, identifier), *_slice(config.part)))
     if not items:
       raise run.Refused(f"{config.text} has nothing for config.languages {config.languages}")
-    askers = {name: _endpoint(name, config, workdir) for name in sorted(used)} | _commands(config)
+    askers |= _commands(config)
     wrong = functools.partial(_wrong, config, identifier)
     settings = config[config.recipe]
     tools = recipes.Tools(settings, wrong, {}, _scores(settings))
@@ -76,7 +76,7 @@ def main(config, workdir):
 
 
 def check(config, workdir):
-  """Refuses what cannot be, before anything is asked. -> the names of the endpoints in use."""
+  """Refuses what cannot be, before anything is asked. -> {name: rounds.Endpoint} of those in use."""
   run.choose("config.recipe", config.recipe, RECIPES)
   if config.recipe not in config:
     raise run.Refused(f"config.recipe is {config.recipe}, and the config has no fields of it: take "
@@ -88,7 +88,7 @@ def check(config, workdir):
     run.plain_name("name", config.name)
   if config.recipe == "pairs":
     pairs.check(settings, config.languages)
-    return set()
+    return {}
   if not config.text:
     raise run.Refused("config.text is not set: the folder with the text to work on")
   _check_folders(config.text, workdir)
@@ -104,8 +104,7 @@ def check(config, workdir):
     if not config.endpoints[name].url:
       raise run.Refused(f"config.endpoints.{name}.url is not set, and {config.recipe} asks "
                         f"{config.endpoints[name].model} there")
-    _client(name, config, None)
-  return used
+  return {name: _endpoint(name, config, workdir) for name in sorted(used)}
 
 
 def _check_part(part):
@@ -212,6 +211,16 @@ def _used(settings):
   return names - {None, ""}
 
 
+def _endpoint(name, config, workdir):
+  settings = config.endpoints[name].to_dict()
+  more = rounds.body(settings["body"])
+  cache = workdir / "answers" / _named(name, ".ndjson", config.part)
+  asker = client.Client(settings["url"], settings["model"], cache,
+                        **{key: settings[key] for key in FREE})
+  return rounds.Endpoint(
+      asker, dict(temperature=settings["temperature"], max_tokens=settings["tokens"]) | more)
+
+
 def _inputs(config, used):
   """Fingerprint of what the output depends on."""
   given = config.to_dict()
@@ -219,13 +228,16 @@ def _inputs(config, used):
     given.pop(field, None)
   endpoints = {name: {key: value for key, value in config.endpoints[name].to_dict().items()
                       if key not in FREE} for name in sorted(used)}
-  found = text.languages(config.text) if config.recipe != "pairs" else {}
-  read = {(code, name): text.fingerprint(config.text, paths)
-          for code, sources in found.items() for name, paths in sources.items()}
+  paths = [] if config.recipe == "pairs" or _embedded(config.text) else sorted(
+      {path for *_, path, _ in text.files(config.text)})
   files = {path: run.sha256(path) for path in _files(config) if pathlib.Path(path).is_file()}
   return run.fingerprint([
-      json.loads(json.dumps(given)), endpoints, sorted(map(list, read.items())), sorted(files.values()),
-      run.sha256(prompts.__file__)])
+      json.loads(json.dumps(given)), endpoints, text.fingerprint(config.text, paths),
+      sorted(files.values()), run.sha256(prompts.__file__)])
+
+
+def _embedded(folder):
+  return str(folder).startswith("embedded/")
 
 
 def _files(config):
@@ -295,7 +307,7 @@ def _becoming(name, code, record, config, identifier):
 
 def _records(folder, reader=None):
   """Yields (name, code, record or Malformed) of a folder's text, or of embedded/<split>."""
-  if str(folder).startswith("embedded/"):
+  if _embedded(folder):
     for code, sources in text.languages(folder).items():
       for source in sources:
         for number, document in enumerate(text.read(folder, code, source), 1):
@@ -384,18 +396,6 @@ def _wrong(config, identifier, said, code):
   from tiny_aya_jax.post import checks
 
   return checks.other_language(said, code, identifier, config.margin, config.script_share)
-
-
-def _client(name, config, cache):
-  settings = config.endpoints[name].to_dict()
-  rounds.body(settings["body"])
-  url, model = settings["url"], settings["model"]
-  return client.Client(url, model, cache, **{key: settings[key] for key in FREE})
-
-
-def _endpoint(name, config, workdir):
-  cache = workdir / "answers" / _named(name, ".ndjson", config.part)
-  return rounds.Endpoint(_client(name, config, cache), config.endpoints[name].to_dict())
 
 
 def _commands(config):
