@@ -101,13 +101,16 @@ def fuse():
 
 
 def filter_pairs():
-  hook = dict(endpoint=config_dict.placeholder(str), command=config_dict.placeholder(str),
-              file=config_dict.placeholder(str))  # JSON lines of "item", as in the ledger, and "score"
+  def hook(least):  # a placeholder of its own in each: one that is shared is one field
+    return dict(endpoint=config_dict.placeholder(str), command=config_dict.placeholder(str),
+                file=config_dict.placeholder(str),  # JSON lines of "item", as in the ledger, and "score"
+                least=least)
+
   return ConfigDict(dict(
       other="eng_Latn",  # what a language's pairs are with, where a record does not say it
       longest=LONGEST, digits=DIGITS,
-      quality=hook | dict(least=70.0),  # ours: of 100; set it for your estimator's scale
-      difficulty=hook | dict(least=25.0),  # ours; higher is harder (negate Sentinel-25-src)
+      quality=hook(70.0),  # ours: of 100; set it for your estimator's scale
+      difficulty=hook(25.0),  # ours; higher is harder (negate Sentinel-25-src)
       back=(),  # languages that targets are translated back into (the report: Command A's 23)
       translator="command",
   ))

@@ -117,7 +117,7 @@ class Command:
       done = subprocess.run(self.words, input=text, capture_output=True, text=True, check=False)
     except OSError as error:
       raise run.Refused(f"{self.words[0]} cannot be run: {error.strerror}") from None
-    lines = done.stdout.split("\n")[:-1] if done.stdout.endswith("\n") else done.stdout.split("\n")
+    lines = done.stdout.splitlines()
     if done.returncode or len(lines) != len(requests):
       said = " ".join(done.stderr.split())[-200:]
       raise run.Refused(f"{' '.join(self.words)} gave {len(lines)} lines for {len(requests)} and "

@@ -58,7 +58,7 @@ def main(config, workdir):
     wrong = functools.partial(_wrong, config, identifier)
     settings = config[config.recipe]
     tools = recipes.Tools(settings, wrong, {}, _scores(settings))
-    models, choice = _models(config, tools, askers)
+    models, choice = _models(config, tools, askers, workdir)
     tools = tools._replace(models=models)
     played = rounds.play({item.name: _work(item, config, tools) for item in items}, askers)
     record.unlink(missing_ok=True)
@@ -130,7 +130,8 @@ def _check_translate(settings, config):
     if not settings.dev:
       raise run.Refused(f"config.translate.models are {settings.models}: to choose one a language, "
                         "give config.translate.dev and an estimator, or config.translate.scores")
-    text.languages(settings.dev)
+    if not _embedded(settings.dev):
+      text.files(settings.dev)
     if config.part[1] > 1:
       raise run.Refused("config.part with config.translate.dev would pay for the dev set in every "
                         "part: run it once, then give its WORKDIR/scores.json as translate.scores")
@@ -246,9 +247,8 @@ def _files(config):
   given = [config.identifier, *(settings[name] for name in ("scores", "templates", "safety")
                                 if name in settings)]
   given += [settings[hook].file for hook in HOOKS if hook in settings and "file" in settings[hook]]
-  if settings.get("dev"):
-    given += [path for sources in text.languages(settings.dev).values()
-              for paths in sources.values() for path in paths]
+  if settings.get("dev") and not _embedded(settings.dev):
+    given += sorted({str(path) for *_, path, _ in text.files(settings.dev)})
   return [path for path in given if path]
 
 
@@ -417,7 +417,7 @@ def _scores(settings):
   return found
 
 
-def _models(config, tools, askers):
+def _models(config, tools, askers, workdir):
   """({language: the endpoint that writes in it}, the scores they were chosen by or None)."""
   settings = tools.settings
   if config.recipe == "filter":
@@ -430,7 +430,9 @@ def _models(config, tools, askers):
   if settings.scores:
     scores = run.read_json(settings.scores, "scores of models")
   else:
-    scores = _assayed(settings, wanted, tools, askers)
+    sources = _dev_texts(settings, config.languages)
+    scores = _assayed(sources, wanted, tools, askers)
+    run.write_json(workdir / "scores.json", scores)
   return _best(scores, wanted, settings), scores
 
 
@@ -447,11 +449,11 @@ def _best(scores, wanted, settings):
   return best
 
 
-def _assayed(settings, wanted, tools, askers):
+def _assayed(sources, wanted, tools, askers):
   """{language: {model: its mean score over the dev set}}; what comes to nothing counts 0."""
-  sources = _dev_texts(settings)
-  items = [recipes.Item(f"{name} into {code} by {model}", source, code, dict(source=said, endpoint=model), "")
-           for code, model in itertools.product(wanted, settings.models)
+  items = [recipes.Item(f"{name} into {code} by {model}", source, code,
+                        dict(source=said, endpoint=model), "")
+           for code, model in itertools.product(wanted, tools.settings.models)
            for name, source, said in sources if source != code]
   played = rounds.play({item.name: recipes.assay(item, tools) for item in items}, askers)
   scores = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -463,11 +465,12 @@ def _assayed(settings, wanted, tools, askers):
           for code, row in scores.items()}
 
 
-def _dev_texts(settings):
-  """[(name, language, text)]: the first texts of each language of the dev set."""
-  found, counted = [], collections.Counter()
+def _dev_texts(settings, wanted):
+  """[(name, language, text)]: the first texts of the dev set in each language that is translated."""
+  found, counted, chosen = [], collections.Counter(), languages.select(wanted)
   for name, code, record in _records(settings.dev):
-    if isinstance(record, text.Malformed) or counted[code] == settings.dev_items:
+    malformed = isinstance(record, text.Malformed)
+    if malformed or code not in chosen or counted[code] == settings.dev_items:
       continue
     counted[code] += 1
     said = record["text"] if "text" in record else record["messages"][0]["content"]
