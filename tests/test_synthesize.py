@@ -372,7 +372,7 @@ def test_a_killed_run_goes_on_pays_nothing_twice_and_makes_the_same(endpoint, gi
   while sum(len(run.read_lines(path)) for path in answers) < 17 or len(server.seen) < 20:
     assert time.monotonic() < end and process.poll() is None
     time.sleep(0.02)
-  busy = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  busy = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
   assert busy.returncode == 65 and "another process is at work" in busy.stderr
   process.send_signal(signal.SIGKILL)
   process.wait()
@@ -415,6 +415,10 @@ def test_a_rerun_is_up_to_date_another_is_refused_and_overwriting_asks_again_wha
   synthesize.main(configured("translate", server, folder, **fields, **{
       "endpoints.command.concurrency": "3"}), work)
   assert "up to date" in capsys.readouterr().out and len(server.seen) == before
+  (work / "swh_Latn/translate/rows.jsonl").unlink()
+  synthesize.main(configured("translate", server, folder, **fields), work)
+  assert len(rows(work, "swh_Latn", "translate")) == 1  # out of the cache, and what failed asked again
+  before = len(server.seen)
   for other in ({"translate.longest": "5.0"}, {"endpoints.command.temperature": "0.5"}):
     with pytest.raises(run.Refused, match="made from other inputs"):
       synthesize.main(configured("translate", server, folder, **fields | other), work)

@@ -10,12 +10,11 @@ the same items and pays for what is missing. Files are written when all is known
 synthesis.json last; until then the folder is not whole, and pack refuses it. A finished run whose
 items failed asks those again with config.overwrite=True; the others are answered by the cache.
 
-Scale: serve open models with `vllm serve` (several nodes: its own Ray backend) behind one url, raise
-an endpoint's concurrency, and start n processes with config.part=(0, n) to (n-1, n) on one WORKDIR.
-datatrove's inference pipeline is not underneath: a runner of its has one model, where fusion has
-four and a choice among translators has several; it aborts a task at the first request that is
-declined, knows no rates or prices, and deletes its answers when it is done. It does start vLLM
-servers on SLURM and Ray, and its servers can be asked from here.
+Scale: serve open models with `vllm serve` (over several nodes: its own Ray backend) behind one url,
+raise an endpoint's concurrency, and start n processes with config.part=(0, n) to (n-1, n) on one
+WORKDIR. datatrove's inference pipeline is not underneath: a runner of its has one model, where
+fusion has four and translation a choice; a request that fails ends its task, rates and prices are
+unknown to it, and its cache is deleted when it is done.
 """
 
 import collections
@@ -46,7 +45,7 @@ def main(config, workdir):
   record = workdir / _named("synthesis", ".json", config.part)
   sign = workdir / text.SYNTHESIS / _named("part", "", config.part)
   inputs = _inputs(config, askers)
-  if not sign.exists() and run.up_to_date(record, inputs, config.overwrite):
+  if not sign.exists() and run.up_to_date(record, inputs, config.overwrite) and _whole(record, workdir):
     run.say(f"{record}: up to date")
     return
   with _claimed(sign):
@@ -58,7 +57,7 @@ def main(config, workdir):
     wrong = functools.partial(_wrong, config, identifier)
     settings = config[config.recipe]
     tools = recipes.Tools(settings, wrong, {}, _scores(settings))
-    models, choice = _models(config, tools, askers, workdir)
+    models, choice = _models(config, items, tools, askers, workdir)
     tools = tools._replace(models=models)
     played = rounds.play({item.name: _work(item, config, tools) for item in items}, askers)
     record.unlink(missing_ok=True)
@@ -417,14 +416,19 @@ def _scores(settings):
   return found
 
 
-def _models(config, tools, askers, workdir):
+def _whole(record, workdir):
+  """Whether the files that a finished run has written are still there."""
+  return all((workdir / name).exists() for name in run.read_json(record, "earlier result")["files"])
+
+
+def _models(config, items, tools, askers, workdir):
   """({language: the endpoint that writes in it}, the scores they were chosen by or None)."""
   settings = tools.settings
   if config.recipe == "filter":
     return {code: settings.translator for code in languages.select(settings.back or ("all",))}, None
   if "models" not in settings:
     return {}, None
-  wanted = languages.select(settings.get("targets", config.languages))
+  wanted = languages.select({item.target for item in items})
   if len(settings.models) == 1:
     return dict.fromkeys(wanted, settings.models[0]), None
   if settings.scores:
@@ -482,7 +486,7 @@ def _dev_texts(settings, wanted):
 
 
 def _write(items, played, config, workdir):
-  """Writes the languages' files and the ledger; -> dict(counts), by language and state."""
+  """Writes the languages' files and the ledger; -> dict(counts by language and state, files)."""
   rows, ledger, counts = collections.defaultdict(list), [], {}
   for item in items:
     outcome, asked = played[item.name]
@@ -505,7 +509,7 @@ def _write(items, played, config, workdir):
     (workdir / folder).mkdir(parents=True, exist_ok=True)
     run.write_lines(workdir / folder / name, lines)
   run.write_lines(workdir / _named("ledger", ".ndjson", config.part), ledger)
-  return dict(counts=counts)
+  return dict(counts=counts, files=sorted(f"{folder}/{name}" for folder in rows))
 
 
 def _row(item, outcome, config):
