@@ -321,8 +321,9 @@ def test_pairs_are_filtered_by_scores_of_a_model_a_file_or_a_command(endpoint, g
   synthesize.main(config, tmp_path / "model")
   assert states(tmp_path / "model") == {1: ("kept", ""), 2: ("dropped", "quality"),
                                         3: ("failed", "quality"), 4: ("failed", "quality")}
-  run.write_lines(tmp_path / "scores", [dict(item=f"deu_Latn/text/a.jsonl#{n}", score=10 * n) for n in (1, 3)])
-  config = configured("filter", endpoint(), folder, **{"filter.difficulty.file": str(tmp_path / "scores")})
+  table = tmp_path / "scores"
+  run.write_lines(table, [dict(item=f"deu_Latn/text/a.jsonl#{n}", score=10 * n) for n in (1, 3)])
+  config = configured("filter", endpoint(), folder, **{"filter.difficulty.file": str(table)})
   synthesize.main(config, tmp_path / "file")
   assert list(states(tmp_path / "file").values()) == [
       ("dropped", "too easy"), ("failed", "difficulty"), ("kept", ""), ("failed", "difficulty")]
@@ -347,8 +348,10 @@ def test_targets_are_translated_back_and_dropped_where_they_score_above_the_refe
   config = configured("filter", endpoint(say), folder, **{
       "filter.quality.endpoint": "judge", "filter.back": "('swh_Latn', 'fra_Latn', 'deu_Latn')"})
   synthesize.main(config, tmp_path / "work")
-  found = {name.rpartition(" ")[2]: row["reason"] or row["state"] for name, row in ledger(tmp_path / "work").items()}
-  assert found == {"deu_Latn/text/a.jsonl#1": "kept", "fra_Latn": "kept", "swh_Latn": "above the reference"}
+  found = {name.rpartition(" ")[2]: row["reason"] or row["state"]
+           for name, row in ledger(tmp_path / "work").items()}
+  assert found == {"deu_Latn/text/a.jsonl#1": "kept", "fra_Latn": "kept",
+                   "swh_Latn": "above the reference"}
   kept = rows(tmp_path / "work", "deu_Latn", "filter")
   assert [row["messages"][1]["content"] for row in kept] == [TARGET, TARGET]
   assert "Je suis" in kept[1]["messages"][0]["content"]
@@ -408,7 +411,8 @@ def test_an_endpoint_that_dies_is_refused_and_nothing_is_lost(endpoint, given, t
 
 def test_a_rerun_is_up_to_date_another_is_refused_and_overwriting_asks_again_what_failed(
     endpoint, given, tmp_path, capsys):
-  folder, server, work = given("eng_Latn", [ENGLISH + "FINE", ENGLISH + "DOWN"]), endpoint(), tmp_path / "work"
+  folder = given("eng_Latn", [ENGLISH + "FINE", ENGLISH + "DOWN"])
+  server, work = endpoint(), tmp_path / "work"
   fields = {"translate.targets": "('deu_Latn', 'swh_Latn')", "translate.models": COMMAND}
   synthesize.main(configured("translate", server, folder, **fields), work)
   before = len(server.seen)
@@ -437,7 +441,8 @@ def test_parts_together_make_what_one_makes(endpoint, given, tmp_path):
   for part in range(3):
     config = configured("translate", endpoint(), folder, **fields, part=f"({part}, 3)")
     synthesize.main(config, tmp_path / "three")
-  found = [row for path in (tmp_path / "three/deu_Latn/translate").iterdir() for row in run.read_lines(path)]
+  found = [row for path in (tmp_path / "three/deu_Latn/translate").iterdir()
+           for row in run.read_lines(path)]
   whole = rows(tmp_path / "one", "deu_Latn", "translate")
   assert sorted(row["item"] for row in found) == sorted(row["item"] for row in whole)
   assert len(list((tmp_path / "three").glob("ledger-*-of-00003.ndjson"))) == 3
@@ -544,8 +549,10 @@ def test_rules_on_texts():
   assert checks.shared_digits("in 2008", "۲۰۰۸") == 1.0 and checks.shared_digits("12", "drei") == 1.0
   assert checks.shared_digits("12", "34") == 0.0
   assert checks.length_ratio("今天天气很好", "The weather is good") < 1.1
-  assert not checks.copied("2 + 2 =", "2 + 2 =") and checks.copied("A  long enough text. Really!", "a long enough text. really!")
-  assert checks.urls("see https://a.example/b, (http://c.example).") == ["http://c.example", "https://a.example/b"]
+  assert not checks.copied("2 + 2 =", "2 + 2 =")
+  assert checks.copied("A  long enough text. Really!", "a long enough text. really!")
+  assert checks.urls("see https://a.example/b, (http://c.example).") == [
+      "http://c.example", "https://a.example/b"]
   assert not any(checks.looped(said_in(code) * 2) for code in TEMPLATES)
 
 
@@ -608,18 +615,21 @@ def test_a_language_that_cldr_does_not_name_stands_by_its_own_name():
 def test_safety_pairs_come_from_a_file_and_a_bad_line_is_counted(tmp_path):
   lines = [dict(lang="fr", prompt="P", safe="Non.", unsafe="Oui."), dict(lang="fra_Latn", prompt="P"),
            dict(lang="xx", prompt="P", safe="a", unsafe="b"),
-           dict(lang="fr", prompt="P", safe="a", unsafe="a "), dict(lang="deu_Latn", prompt="P", safe="a", unsafe="b")]
+           dict(lang="fr", prompt="P", safe="a", unsafe="a "),
+           dict(lang="deu_Latn", prompt="P", safe="a", unsafe="b")]
   run.write_lines(tmp_path / "safety.jsonl", lines)
-  work = identity(tmp_path, **{"pairs.safety": str(tmp_path / "safety.jsonl"), "languages": "('fra_Latn',)"})
+  work = identity(tmp_path, **{"pairs.safety": str(tmp_path / "safety.jsonl"),
+                               "languages": "('fra_Latn',)"})
   (row,) = rows(work, "fra_Latn", "safety")
   assert (row["messages"], row["chosen"], row["rejected"]) == (
       [dict(role="user", content="P")], "Non.", "Oui.")
   found = {name: row["reason"] for name, row in ledger(work).items() if name.startswith("safety")}
-  assert found == {"safety#1": "", "safety#2": "malformed", "safety#3": "malformed", "safety#4": "malformed"}
+  assert found == {"safety#1": ""} | {f"safety#{n}": "malformed" for n in (2, 3, 4)}
 
 
 @pytest.mark.parametrize("templates", [
-    {"fra_Latn": [["Qui ?", "Moi."]]}, {"fra_Latn": []}, {"fra_Latn": [["Qui ?"]]}, {"tlh": []}, {"fra_Latn": [["", "{name}"]]}])
+    {"fra_Latn": [["Qui ?", "Moi."]]}, {"fra_Latn": []}, {"fra_Latn": [["Qui ?"]]}, {"tlh": []},
+    {"fra_Latn": [["", "{name}"]]}])
 def test_templates_that_teach_nothing_are_refused(tmp_path, templates):
   run.write_json(tmp_path / "t.json", templates)
   with pytest.raises(run.Refused, match="expected|unknown language"):

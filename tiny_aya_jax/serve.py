@@ -21,10 +21,11 @@ from tiny_aya_jax.data import chat
 LARGEST = 1 << 24  # bytes of a request
 IDLE_SECONDS = 60  # after which a connection that says nothing is closed
 # Fields that change nothing with these values, and are refused with others.
-ONLY = dict(n=(1,), stream=(False,), frequency_penalty=(0,), presence_penalty=(0,), logprobs=(False,),
-            response_format=({"type": "text"},), logit_bias=({},), tools=([],), user=None, store=(False,),
-            metadata=None)
-KNOWN = ("messages", "model", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "seed")
+ONLY = dict(n=(1,), stream=(False,), frequency_penalty=(0,), presence_penalty=(0,),
+            logprobs=(False,), response_format=({"type": "text"},), logit_bias=({},), tools=([],),
+            store=(False,), user=None, metadata=None)
+KNOWN = ("messages", "model", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop",
+         "seed")
 
 
 class Model(NamedTuple):
@@ -181,7 +182,8 @@ def _wanted(model, request):
     if field not in (*KNOWN, *ONLY):
       raise Wrong(400, f"{field!r} is not known here: {run.nearest(field, KNOWN)}", field)
     if ONLY.get(field) is not None and value not in ONLY[field]:
-      raise Wrong(400, f"{field!r} is not done here, expected {json.dumps(ONLY[field][0])} or nothing", field)
+      expected = json.dumps(ONLY[field][0])
+      raise Wrong(400, f"{field!r} is not done here, expected {expected} or nothing", field)
   if given.get("model", model.name) != model.name:
     raise Wrong(404, f"there is no model {str(given['model'])[:100]!r} here, only {model.name!r}", "model")
   config = model.config
@@ -192,7 +194,8 @@ def _wanted(model, request):
       temperature=_number(given, "temperature", config.temperature,
                           lambda n: n == 0 or 1e-3 <= n <= 2, "0, or 0.001 to 2"),
       top_p=_number(given, "top_p", config.top_p, lambda n: 0 < n <= 1, "more than 0 and at most 1"),
-      seed=_number(given, "seed", config.seed, lambda n: 0 <= n < 2**32, "a whole number below 2^32", whole=True),
+      seed=_number(given, "seed", config.seed, lambda n: 0 <= n < 2**32,
+                   "a whole number below 2^32", whole=True),
       stop=_stops(given.get("stop", [])))
 
 

@@ -259,7 +259,8 @@ def _claimed(sign):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise run.Refused(f"another process is at work on {sign.parents[1]}: wait for it, or end it") from None
+      raise run.Refused(f"another process is at work on {sign.parents[1]}: wait for it, or end "
+                        "it") from None
     yield
     sign.unlink()
   with contextlib.suppress(OSError):  # other parts are at work
