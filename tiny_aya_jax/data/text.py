@@ -43,6 +43,7 @@ COMPRESSIONS = ("", ".gz", ".zst")
 PARQUET = ".parquet"
 SUFFIXES = (*(kind + compression for kind in KINDS for compression in COMPRESSIONS), PARQUET)
 CLEANING = ".clean"  # clean.py's unfinished work; while it is there, the folder is not whole
+SYNTHESIS = ".synthesize"  # synthesize.py's, the same
 EMPTY = "empty"
 CLEANED = "clean.json"  # clean.py's report: licences among other things
 LANGUAGE_FIELDS = ("lang", "language")
@@ -189,8 +190,9 @@ def _folder(source):
   if not folder.is_dir():
     what = "is a file: give the folder that holds it" if folder.exists() else "does not exist"
     raise run.Refused(f"text folder {source} {what}")
-  if (folder / CLEANING).exists():
-    raise run.Refused(f"{source} is not whole: clean is at work in it or was killed; run it again")
+  for sign in (CLEANING, SYNTHESIS):
+    if (folder / sign).exists():
+      raise run.Refused(f"{source} is not whole: {sign[1:]} is at work in it or was killed; run it again")
   return folder
 
 

@@ -131,6 +131,24 @@ def parallel(code):
   return list(items.values())
 
 
+def tongues(code, codes):
+  """{code of a language: its name in the language of `code`}; None where CLDR has none there."""
+  words = _words(code)
+  tags = {other: _LOCALES.get(other, languages.find(other).iso) for other in codes}
+  return {other: words.languages.get(tag) or words.languages.get(tag.partition("_")[0])
+          for other, tag in tags.items()}
+
+
+def own_name(code):
+  """A language's name in itself, or None."""
+  return _words(code).own_name
+
+
+def listed(code, names):
+  """'A, B and C' as the language of `code` joins names; each once."""
+  return _listed(_words(code), names)
+
+
 def size(code, split):
   """Bytes after which `documents(code, split)` stops (it ends with the document that passes it)."""
   if split in PREFERENCE_BYTES:
