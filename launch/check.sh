@@ -12,7 +12,9 @@ if command -v shellcheck > /dev/null; then
 else
   for script in launch/*.sh; do bash -n "$script"; done
 fi
-python -m pytest tests --durations=10 -q
+# Two files at a time; but one after the other where the seconds of what runs are part of the test.
+python -m pytest tests --ignore=tests/faults --ignore=tests/test_pipeline.py -n 2 --dist loadfile --durations=10 -q
+python -m pytest tests/test_pipeline.py tests/faults --durations=10 -q
 if [ "${1:-}" = full ]; then
   FAULTS=1 python -m pytest tests/faults -q  # half an hour
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"

@@ -37,6 +37,8 @@ def device(monkeypatch):
   monkeypatch.setattr(library, "check_compute_capability", lambda asked: True)
   monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda asked: False)
   monkeypatch.setattr(attention_cudnn, "SEGMENTS", 8)
+  monkeypatch.setattr(attention_cudnn, "FEW", 3)
+  monkeypatch.setattr(attention_cudnn, "BLOCK", 7)
   monkeypatch.setattr(jax, "devices", lambda *_: [device])
   return device
 
@@ -171,7 +173,7 @@ def test_rows_of_too_many_segments_are_right_and_take_chunked(most, taken, monke
   inputs = heads(len(DOCUMENTS))
   expected = graded("reference", DOCUMENTS, 5)(*inputs)
   assert_close(graded("cudnn", DOCUMENTS, 5)(*inputs), expected)
-  broken = lambda *inputs, window: jnp.full_like(inputs[0], jnp.nan)  # noqa: E731
+  broken = lambda *inputs, **_: jnp.full_like(inputs[0], jnp.nan)  # noqa: E731
   monkeypatch.setattr(attention_cudnn, "_fused", broken)
   _, out = graded("cudnn", DOCUMENTS, 5)(*inputs)
   assert np.isfinite(np.float32(out)).all() == (taken == "chunked")
@@ -212,13 +214,15 @@ def test_the_program_for_a_gpu_asks_for_padding_causal_and_for_W_keys(window, to
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   calls = re.findall(r"@__cudnn\$(\w+)\(.*?backend_config = \"(.*?[^\\])\"", text)
   names = sorted(name for name, _ in calls)
-  assert names == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+  assert names == 2 * ["fmhaSoftmax"] + 2 * ["fmhaSoftmaxBackward"]
+  rooms = []
   for _, config in calls:
     config = json.loads(config.replace("\\22", '"'))["cudnn_fmha_backend_config"]
     assert config["mask_type"] == "PADDING_CAUSAL"  # what causal is called where there are lengths
     assert config["sliding_window_length"] == told
-    assert config["max_seg_per_batch"] == attention_cudnn.SEGMENTS
+    rooms.append(config["max_seg_per_batch"])
     assert config["fmha_scale"] == pytest.approx(H**-0.5) and config["dropout_rate"] == 0
+  assert sorted(rooms) == 2 * [attention_cudnn.FEW] + 2 * [attention_cudnn.SEGMENTS]
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -233,7 +237,7 @@ def test_a_window_is_never_asked_for_without_a_causal_mask(window, monkeypatch):
   q, k, v, _ = heads(len(DOCUMENTS))
   rows = [jnp.asarray(x) for x in packed(DOCUMENTS, T)]
   jax.make_jaxpr(lambda *x: attention.cudnn(*x, *rows, *rows, window))(q, k, v)
-  assert [settings["mask_type"] for settings in asked] == [library.MaskType.PADDING_CAUSAL]
+  assert [settings["mask_type"] for settings in asked] == 2 * [library.MaskType.PADDING_CAUSAL]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def refuse_unless_possible(backend, dtype, H, device, context=1):
 
 
 def slow_rows(backend, segment_BT):
-  """What to say of rows [B, T] on the host that the backend's kernel leaves to `chunked`; or ''."""
+  """What to say of rows [B, T] on the host that the backend's kernel does not take; or ''."""
   if backend != "cudnn":
     return ""
   from tiny_aya_jax.model import attention_cudnn
@@ -104,7 +104,7 @@ def slow_rows(backend, segment_BT):
   limit = attention_cudnn.SEGMENTS
   return "" if most <= limit else (
       f"a row has {most} segments, more than the {limit} that attention 'cudnn' takes: the rows of its "
-      "device attend by 'chunked', which is slower; said once"
+      "device attend by blocks of 'reference', which is slower; said once"
   )
 
 

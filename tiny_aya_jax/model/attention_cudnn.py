@@ -22,11 +22,13 @@ from jax.sharding import PartitionSpec
 
 from tiny_aya_jax import run
 from tiny_aya_jax.axes import axis_size
-from tiny_aya_jax.model.attention import chunked
+from tiny_aya_jax.model.attention import reference
 
-# Sequences a row may have, padding one of them; static. The kernel's softmax statistics are fp32
-# [B * SEGMENTS, N, T], 32 MiB a row at N=16 and T=8192, and its other scratch may grow likewise.
-SEGMENTS = 64
+# Sequences a row may have, padding one of them; static. For each of them the kernel's backward pass
+# holds N * T * H times 8 bytes: 8.06 GiB a row for 64 at N=16, T=8192, H=128 (H200, cuDNN 9.19), and
+# takes its time for it. So most rows have room for FEW; those with more go one at a time.
+FEW, SEGMENTS = 16, 64
+BLOCK = 512  # queries whose scores exist at a time where a row has more
 VERSION = 90600  # cuDNN 9.6, the least that JAX's own test of packed rows asks for
 
 
@@ -34,7 +36,8 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, segment_BS, position_
   """`attention.reference` in 16 bits on a GPU; refuses what the kernel cannot do.
 
   Rows attend to themselves, and each segment lies in one piece with positions that rise by one.
-  Where one row of a device has more than SEGMENTS segments, its rows take `chunked`: slower, right.
+  Where one row of a device has more than SEGMENTS segments, its rows take blocks of `reference`:
+  slower, right.
   """
   B, T, N, H = q_BTNH.shape
   refuse_unless_possible(q_BTNH.dtype, H, jax.devices()[0], axis_size("context"))
@@ -90,15 +93,16 @@ def refuse_unless_possible(dtype, H, device, context=1):
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, *, window):
   """What one device does: its rows and heads, by the kernel where every row has few segments."""
-  few = jnp.all(_starts(segment_BT).sum(axis=1) <= SEGMENTS)
-  return jax.lax.cond(
-      few, functools.partial(_fused, window=window), functools.partial(_slow, window=window),
+  most = _starts(segment_BT).sum(axis=1).max()
+  return jax.lax.switch(
+      (most > FEW).astype(jnp.int32) + (most > SEGMENTS),
+      [functools.partial(way, window=window) for way in (_fused, _row_by_row, _slow)],
       q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT,
   )
 
 
-def _fused(q_BTNH, k_BSKH, v_BSKH, segment_BT, _, *, window):
-  lengths, offsets = sequences(segment_BT, SEGMENTS)
+def _fused(q_BTNH, k_BSKH, v_BSKH, segment_BT, _, *, window, most=None):
+  lengths, offsets = sequences(segment_BT, most or FEW)
   return library.dot_product_attention(
       q_BTNH, k_BSKH, v_BSKH, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets,
       kv_offsets=offsets, scale=q_BTNH.shape[-1] ** -0.5, qkv_layout="BTNH",
@@ -106,14 +110,36 @@ def _fused(q_BTNH, k_BSKH, v_BSKH, segment_BT, _, *, window):
   )
 
 
-@functools.partial(jax.checkpoint, static_argnums=5)  # else both branches' residuals are kept
-def _chunked(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, window):
-  rows = segment_BT, position_BT
-  return chunked(q_BTNH, k_BSKH, v_BSKH, *rows, *rows, window)
+def _row_by_row(*inputs, window):
+  """The kernel with room for SEGMENTS, whose scratch is then that of one row."""
+  def row(inputs):
+    return _fused(*(x[None] for x in inputs), window=window, most=SEGMENTS)[0]
+
+  return jax.lax.map(row, inputs)
 
 
-def _slow(*inputs, window):
-  return _chunked(*inputs, window)
+def _slow(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, *, window):
+  """`reference`, BLOCK queries at a time, all of one shape: XLA:GPU tunes every shape of a matmul by
+  itself, and `chunked` has 16 of each (minutes on an H200)."""
+  T = q_BTNH.shape[1]
+  block = min(BLOCK, T)
+
+  @jax.checkpoint  # else both branches' residuals are kept
+  def attend(q_BTNH, k_BSKH, v_BSKH):
+    def part(queries):
+      return reference(queries[0], k_BSKH, v_BSKH, *queries[1:], segment_BT, position_BT, window)
+
+    out = jax.lax.map(jax.checkpoint(part), tuple(_split(x, block) for x in (
+        q_BTNH, segment_BT, position_BT)))
+    return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :T]
+
+  return attend(q_BTNH, k_BSKH, v_BSKH)
+
+
+def _split(x_BT, block):
+  """[B, T, ..] -> [T / block, B, block, ..], zero-padded."""
+  x_BT = jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % block)] + [(0, 0)] * (x_BT.ndim - 2))
+  return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], -1, block, *x_BT.shape[2:]), 1, 0)
 
 
 def sequences(segment_BT, most):
