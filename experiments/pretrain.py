@@ -46,6 +46,11 @@ def get_config(variant="full"):
   c.attention = "splash"  # on TPU; "cudnn" on NVIDIA GPUs, "chunked" anywhere
   c.remat = "full"
   c.unroll = 1  # periods a scan step
+  c.adapter = ConfigDict(dict(  # LoRA on a frozen base (model/adapter.py); needs init_from
+      rank=config_dict.placeholder(int),  # not set: everything is trained
+      alpha=32.0,  # products count alpha / rank times
+      matrices=("q", "k", "v", "o", "gate", "up", "down"),
+  ))
   c.loss = ConfigDict(dict(z_loss=0.0, chunk=256))  # SmolLM3: z-loss off
   # AdamW and clipping of SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's are unpublished.
   c.optimizer = ConfigDict(dict(clip=1.0, adamw=dict(

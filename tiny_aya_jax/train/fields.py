@@ -9,6 +9,7 @@ from tiny_aya_jax import run
 
 MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale", "norm_epsilon")
 SHAPES = ("wsd", "cosine", "linear")
+ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def check(config):
@@ -34,6 +35,7 @@ def _fields(config):
     if not smallest <= value < math.inf:  # so, nan is refused too
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
+  _adapter(config.adapter)
   if not config.guard.sigma > 0:
     raise run.Refused(f"config.guard.sigma is {config.guard.sigma}, expected more than 0: how many "
                       "deviations make a spike; 'inf' applies every finite update")
@@ -71,6 +73,27 @@ def _optimizer(optimizer):
   if not 0 < adamw.eps < math.inf or not 0 <= adamw.weight_decay < math.inf:
     raise run.Refused(f"config.optimizer.adamw has eps {adamw.eps} and weight_decay "
                       f"{adamw.weight_decay}, expected more than 0 and at least 0")
+
+
+def _adapter(found):
+  if found.rank is None:
+    return
+  if found.rank < 1 or not 0 < found.alpha < math.inf:
+    raise run.Refused(f"config.adapter has rank {found.rank} and alpha {found.alpha}, expected at least 1 "
+                      "and more than 0")
+  for name in found.matrices:
+    run.choose("config.adapter.matrices", name, ADAPTED)
+  if not found.matrices:
+    raise run.Refused(f"config.adapter.matrices is empty, expected some of {', '.join(ADAPTED)}")
+
+
+def adapter(config):
+  """{"rank", "alpha", "matrices"} as JSON would give it back; None where everything is trained."""
+  found = config.adapter
+  if found.rank is None:
+    return None
+  matrices = [name for name in ADAPTED if name in found.matrices]
+  return dict(rank=found.rank, alpha=found.alpha, matrices=matrices)
 
 
 def _sizes(config):

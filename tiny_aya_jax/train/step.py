@@ -11,16 +11,16 @@ import optax
 
 from tiny_aya_jax import axes, chips
 from tiny_aya_jax.axes import axis_size, constrain
-from tiny_aya_jax.model import bits, losses
+from tiny_aya_jax.model import adapter, bits, losses
 from tiny_aya_jax.model.transformer import TinyAya
-from tiny_aya_jax.train import guard, optimizer
+from tiny_aya_jax.train import fields, guard, optimizer
 
 
 def model(config):
   """The transformer that a train config describes."""
   return TinyAya(
       config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll,
-      config.matmul,
+      config.matmul, adapter.described(fields.adapter(config)),
   )
 
 
@@ -52,12 +52,13 @@ def compiled(config, mesh, rate, sources):
 def scratch(config):
   """A function of nothing: the state {"step", "params", "optimizer", "guard"} of a run that begins."""
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-  shape = TinyAya(config.model)  # parameters do not depend on how they are used
+  # Parameters do not depend on how they are used, but for adapters.
+  shape = TinyAya(config.model, adapter=adapter.described(fields.adapter(config)))
 
   def draw():
     rows = jnp.ones((axis_size("data") * axis_size("fsdp"), axis_size("context")), jnp.int32)
     params = shape.init(jax.random.key(config.seed), rows, rows, rows)["params"]
-    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params),
+    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(adapter.split(params)[0]),
                 guard=guard.fresh(config.guard.window))
 
   return draw
@@ -104,17 +105,20 @@ GO_ON, SAVE, STOP = 0, 1, 2
 def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
   """(state, global batch) -> (state, metrics). Gradients are of the mean over all tokens.
 
+  They and the moments are of what is trained (adapter.split); the rest goes through as it is.
   state: {"step", "params", "optimizer", "guard"}. The batch is split into `accumulate` parts whose
   sums, not means, are added, so the result does not depend on how it is split. An update that
   guard.judge does not want is not applied. metrics: loss in nats a token, grad_norm, tokens, verdict,
   not_finite (steps in a row), vote, and nats_S, tokens_S per source.
   """
+  trained, frozen = adapter.split(state["params"])
+
   def part(carry, rows):
-    def summed(params):
-      sum, count, aux = loss(params, rows)
+    def summed(trained):
+      sum, count, aux = loss(adapter.join(trained, frozen), rows)
       return sum, (count, aux["nats_BT"])
 
-    (sum, (count, nats_BT)), grads = jax.value_and_grad(summed, has_aux=True)(state["params"])
+    (sum, (count, nats_BT)), grads = jax.value_and_grad(summed, has_aux=True)(trained)
     per_source = dict(
         nats_S=bits.by_source(nats_BT, rows["source_B"], sources),
         tokens_S=bits.by_source(rows["weight_BT"], rows["source_B"], sources),
@@ -123,7 +127,7 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
 
   rows = {name: x for name, x in batch.items() if name != "vote_P"}
   zero = (
-      jax.tree.map(jnp.zeros_like, state["params"]), jnp.float32(0), jnp.float32(0),
+      jax.tree.map(jnp.zeros_like, trained), jnp.float32(0), jnp.float32(0),
       dict(nats_S=jnp.zeros(sources), tokens_S=jnp.zeros(sources)),
   )
   if accumulate == 1:
@@ -132,12 +136,13 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
     (grads, sum, count, per_source), _ = jax.lax.scan(part, zero, _microbatches(rows, accumulate))
   count = jnp.maximum(count, 1)
   grads = jax.tree.map(lambda grad: grad / count, grads)
-  updates, moments = tx.update(grads, state["optimizer"], state["params"])
-  updated = dict(params=optax.apply_updates(state["params"], updates), optimizer=moments)
+  updates, moments = tx.update(grads, state["optimizer"], trained)
+  updated = dict(params=optax.apply_updates(trained, updates), optimizer=moments)
   grad_norm = optax.tree.norm(grads)
   verdict, guarded = guard.judge(state["guard"], sum / count, grad_norm, sigma)
   kept = jax.tree.map(functools.partial(guard.keep, verdict), updated,
-                      {name: state[name] for name in updated})
+                      dict(params=trained, optimizer=state["optimizer"]))
+  kept["params"] = adapter.join(kept["params"], frozen)
   report = dict(loss=sum / count, grad_norm=grad_norm, tokens=count, verdict=verdict,
                 not_finite=guarded["not_finite"], vote=batch["vote_P"].max(), **per_source)
   return kept | dict(step=state["step"] + 1, guard=guarded), jax.tree.map(constrain, report)
