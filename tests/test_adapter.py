@@ -74,7 +74,9 @@ def names(tree):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fresh_adapters_leave_every_bit_of_the_forward_pass(cfg, params, batch, fresh, dtype):
-  ours = hidden(cfg, adapters.join(fresh, params), batch, ALL, dtype=dtype)
+  held = adapters.held(adapters.join(fresh, params), dtype)
+  assert {leaf.dtype for leaf in jax.tree.leaves(adapters.split(held)[1])} == {jnp.dtype(dtype), jnp.dtype("float32")}
+  ours = hidden(cfg, held, batch, ALL, dtype=dtype)
   np.testing.assert_array_equal(ours, hidden(cfg, params, batch, dtype=dtype))
 
 
@@ -102,6 +104,10 @@ def test_the_merged_model_is_the_adapted_one(cfg, params, batch):
   assert np.abs(theirs - hidden(cfg, params, batch)).max() > 0.1
   placed = adapters.merged(jax.tree.map(jnp.array, tree), SOME)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), placed, merged)
+  for kept in (tree, jax.tree.map(jnp.array, tree)):
+    rounded = adapters.merged(adapters.held(kept, jnp.bfloat16), SOME)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=3e-3), rounded, merged)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype("float32")}
 
 
 def test_gradients_of_the_factors_are_those_of_the_merged_matrix_projected(cfg, params, batch, adapted, plain):
@@ -198,7 +204,7 @@ def whole(data, base, tmp_path_factory):
 def test_a_checkpoint_holds_the_base_as_it_was_and_is_read_merged(base, whole):
   before, _ = checkpoint.restore_params(base)
   apart, meta = checkpoint.restore_apart(whole)
-  assert meta["adapter"] == dict(rank=3, alpha=6.0, matrices=list(ADAPTED))
+  assert meta["adapter"] == dict(rank=3, alpha=6.0, matrices=list(ADAPTED), dtype="float32")
   jax.tree.map(np.testing.assert_array_equal, adapters.split(apart)[1], before)
   assert all(np.any(x) for x in jax.tree.leaves(adapters.split(apart)[0]))
   merged, _ = checkpoint.restore_params(whole)
@@ -212,7 +218,7 @@ def test_adapters_resume_to_the_same_bits_and_no_others(data, base, whole, tmp_p
   shutil.copytree(whole / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
   begun = (f"--config.init_from={base}", "--config.data.accept_change=True")
   for other, said in (("adapter.rank=4", "rank 4"), ("adapter.alpha=7.0", "alpha 7.0"),
-                      ("adapter.matrices=('q',)", "matrices ['q']")):
+                      ("adapter.matrices=('q',)", "matrices ['q']"), ("dtype=bfloat16", "dtype bfloat16")):
     assert train(data, tmp_path, *begun, f"--config.{other}") == 65
     assert said in (error := capsys.readouterr().err) and "was trained with adapter: rank 3" in error
   assert call("train", "sft.py:tiny", tmp_path, *fields(data, *begun)) == 65
@@ -311,4 +317,4 @@ def test_plan_counts_moments_and_gradients_of_adapters_alone():
   count = config.adapter.rank * 36 * sum(  # inputs and outputs of each matrix
       (2048 + 2048, 2048 + 512, 2048 + 512, 2048 + 2048, *[2048 + 11008] * 3))
   assert found["moments"] == 8 * count
-  assert found["parameters"] == 4 * (3_349_227_520 + count)
+  assert found["parameters"] == 2 * 3_349_227_520 + 4 * count

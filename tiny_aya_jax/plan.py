@@ -265,7 +265,7 @@ def estimate(config, mesh):
   width += (cfg.F + 3 * cfg.D if config.remat == "none" else 0)
   layer = flops.projections(cfg) + flops.feed_forward(cfg)
   return {
-      "parameters": 4 * (N + trained if adapter else N) / shards,
+      "parameters": (size * N + 4 * trained if adapter else 4 * N) / shards,
       "moments": (8 if config.optimizer.adamw.mu_dtype == "float32" else 6) * trained / shards,
       "kept for the backward pass": 4 * cfg.L * tokens * width * size,
       "gradients": 4 * trained / shards * (2 if config.accumulate > 1 else 1),

@@ -4,6 +4,7 @@ A parameter is an adapter's if its letters hold R: beside q_DNH lie q_DR and q_R
 any, they alone are trained. Not here: where x meets them (transformer.py).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tiny_aya_jax.axes import letters
+from tiny_aya_jax.axes import letters, letters_of
 
 # A matrix: its first factor, from what it reads to R, and its second.
 FACTORS = dict(
@@ -59,23 +60,44 @@ def join(trained, frozen):
   return unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
 
 
+def held(params, dtype):
+  """params with what is frozen in dtype, in which alone it is used; norms stay fp32, as they are used."""
+  trained, frozen = split(params)
+  return join(trained, jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf if letters_of(path) == "D" else leaf.astype(dtype), frozen))
+
+
 def merged(params, adapter):
   """The tree of a model without adapters, fp32: every matrix plus its adapter's product.
 
-  `adapter` None: params as they are. Adapted matrices on devices are given up, so that one at a
+  `adapter` None: params as they are. Leaves on devices that change are given up, so that one at a
   time is held twice; NumPy arrays stay on the host.
   """
-  flat = flatten_dict(params)
-  for path in [path for path in flat if path[-1] in factors(adapter)]:
-    one, other = (flat.pop((*path[:-1], name)) for name in FACTORS[path[-1]])
-    total = _total
-    if isinstance(flat[path], jax.Array):
-      total = jax.jit(_total, out_shardings=flat[path].sharding, donate_argnums=0)
-    flat[path] = total(flat[path], one, other, np.float32(adapter.alpha / adapter.R))
-  return unflatten_dict(flat)
+  if adapter is None:
+    return params
+  flat, scale, whole = flatten_dict(params), adapter.alpha / adapter.R, {}
+  for path, leaf in flat.items():
+    if "R" not in letters(path[-1]):
+      pair = [flat[*path[:-1], name] for name in factors(adapter).get(path[-1], ())]
+      whole[path] = _whole(functools.partial(_total, scale=scale), leaf, *pair)
+  return unflatten_dict(whole)
 
 
-def _total(matrix, one, other, scale):
-  L, R = len(matrix), one.shape[-1]
+def _whole(total, leaf, *pair):
+  if not isinstance(leaf, jax.Array):
+    return total(leaf, *pair)
+  if not pair and leaf.dtype == np.float32:
+    return leaf
+  whole = jax.jit(total, out_shardings=leaf.sharding)(leaf, *pair)
+  leaf.delete()
+  return whole
+
+
+def _total(matrix, *pair, scale):
+  matrix = matrix.astype(np.float32)
+  if not pair:
+    return matrix
+  (L, *_), R = matrix.shape, pair[0].shape[-1]
   with jax.default_matmul_precision("highest"):
-    return matrix + scale * (one.reshape(L, -1, R) @ other.reshape(L, R, -1)).reshape(matrix.shape)
+    product = pair[0].reshape(L, -1, R) @ pair[1].reshape(L, R, -1)
+  return matrix + np.float32(scale) * product.reshape(matrix.shape)

@@ -88,12 +88,12 @@ def _adapter(found):
 
 
 def adapter(config):
-  """{"rank", "alpha", "matrices"} as JSON would give it back; None where everything is trained."""
+  """{"rank", "alpha", "matrices", "dtype" of what is frozen}; None where everything is trained."""
   found = config.adapter
   if found.rank is None:
     return None
   matrices = [name for name in ADAPTED if name in found.matrices]
-  return dict(rank=found.rank, alpha=found.alpha, matrices=matrices)
+  return dict(rank=found.rank, alpha=found.alpha, matrices=matrices, dtype=config.dtype)
 
 
 def _sizes(config):

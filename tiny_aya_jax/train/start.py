@@ -81,14 +81,11 @@ def start(config, begin, mesh, tokenizer):
     kept = guard.from_json(saved.meta(begin.path).get("guard"), config.guard.window)
     return items | dict(step=jax.device_put(jnp.int32(begin.step), placed["step"]),
                         guard=jax.device_put(kept, placed["guard"]))
-  adapters, base = ({}, abstract["params"]) if not config.adapter.rank else adapter.split(abstract["params"])
+  adapters, base = adapter.split(abstract["params"]) if config.adapter.rank else ({}, abstract["params"])
   if (begin.path / "config.json").exists():
     params = _from_hugging_face(config, begin.path, base, tokenizer)
   else:
-    params, _ = checkpoint.restore_params(begin.path, lambda tree: axes.shardings(mesh, tree))
-    found, wanted = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (params, base))
-    if found != wanted:
-      raise run.Refused(f"{begin.path}: params has other arrays than this program's model")
+    params = _from_checkpoint(begin.path, base, mesh)
   if adapters:
     where = jax.tree.map(lambda leaf: leaf.sharding, adapters)
     drawn = jax.jit(lambda: adapter.split(scratch()["params"])[0], out_shardings=where)()
@@ -113,9 +110,26 @@ def _restored(config, path, mesh, abstract):
           for name in checkpoint.TREES}
 
 
+def _from_checkpoint(path, abstract, mesh):
+  params, _ = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
+  found, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract))
+  if found != wanted:
+    raise run.Refused(f"{path}: params has other arrays than this program's model")
+
+  def cast(x, like):  # one at a time is held twice
+    if x.dtype == like.dtype:
+      return x
+    held = jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding)(x)
+    x.delete()
+    return held
+
+  return jax.tree.map(cast, params, abstract)
+
+
 def _from_hugging_face(config, path, abstract, tokenizer):
   params, cfg = huggingface.read(path)
   begins.same_fields(path, cfg.to_dict(), config.model.to_dict())
   if not tokenizers.load(path / "tokenizer.json").same_ids(tokenizer):
     raise run.Refused(f"{path} has another tokenizer than {config.tokenizer}")
-  return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
+  return jax.tree.map(
+      lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, abstract)

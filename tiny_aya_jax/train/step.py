@@ -58,6 +58,7 @@ def scratch(config):
   def draw():
     rows = jnp.ones((axis_size("data") * axis_size("fsdp"), axis_size("context")), jnp.int32)
     params = shape.init(jax.random.key(config.seed), rows, rows, rows)["params"]
+    params = adapter.held(params, jnp.dtype(config.dtype))
     return dict(step=jnp.int32(0), params=params, optimizer=tx.init(adapter.split(params)[0]),
                 guard=guard.fresh(config.guard.window))
 
