@@ -46,6 +46,12 @@ def get_config(variant="full"):
   c.attention = "splash"  # on TPU; "cudnn" on NVIDIA GPUs, "chunked" anywhere
   c.remat = "full"
   c.unroll = 1  # periods a scan step
+  # LoRA on a frozen base, which is then held in `dtype` (model/adapter.py); needs init_from
+  c.adapter = ConfigDict(dict(
+      rank=config_dict.placeholder(int),  # not set: everything is trained
+      alpha=32.0,  # products count alpha / rank times
+      matrices=("q", "k", "v", "o", "gate", "up", "down"),
+  ))
   c.loss = ConfigDict(dict(
       kind="next_token",  # or dpo, ipo: of scored pairs (preference.py, model/preference.py)
       z_loss=0.0, chunk=256,  # SmolLM3: z-loss off

@@ -267,7 +267,7 @@ def _train_config(config, **changes):
   adamw = config.optimizer.to_dict()
   own = dict(
       loss=dict(kind="next_token", chunk=config.loss_chunk, z_loss=0.0, pairs=0), accumulate=1,
-      guard=dict(window=128, sigma=6.0),
+      guard=dict(window=128, sigma=6.0), adapter=dict(rank=None),
       optimizer=dict(clip=adamw.pop("clip"),
                      adamw={n: v for n, v in adamw.items() if n != "learning_rate"}),
   )

@@ -61,6 +61,13 @@ def parameters(cfg):
   return sum(BLOCKS.values()) * cfg.L * block + cfg.V * cfg.D + cfg.D
 
 
+def adapters(cfg, rank, matrices):
+  """Number of parameters of adapters: rank for each input and output of each matrix, named 'q'."""
+  D, Q, K, F = cfg.D, cfg.N * cfg.H, cfg.K * cfg.H, cfg.F
+  widths = dict(q=D + Q, k=D + K, v=D + K, o=D + Q, gate=D + F, up=D + F, down=D + F)
+  return sum(BLOCKS.values()) * cfg.L * rank * sum(widths[name] for name in matrices)
+
+
 def pairs(length, window=None):
   """(query, key) pairs of a document: the key not later, within the window, the query included."""
   reach = length if window is None else min(window, length)

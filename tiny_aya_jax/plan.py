@@ -256,7 +256,8 @@ def estimate(config, mesh):
   cfg, shards = config.model, mesh["fsdp"] * mesh["tensor"]
   tokens = _rows(config, mesh) * config.data.T // mesh["context"]
   size = 2 if config.dtype == "bfloat16" else 4
-  N = flops.parameters(cfg)
+  adapter, N = fields.adapter(config), flops.parameters(cfg)
+  trained = flops.adapters(cfg, adapter["rank"], adapter["matrices"]) if adapter else N
   widths = dict(attention=cfg.N * (cfg.H + 4 / size), q=cfg.N * cfg.H, k=cfg.K * cfg.H, v=cfg.K * cfg.H,
                 gate=cfg.F, up=cfg.F)
   keep = KEEP["minimal"] if config.remat == "none" else KEEP.get(config.remat, ())
@@ -264,10 +265,10 @@ def estimate(config, mesh):
   width += (cfg.F + 3 * cfg.D if config.remat == "none" else 0)
   layer = flops.projections(cfg) + flops.feed_forward(cfg)
   return {
-      "parameters": 4 * N / shards,
-      "moments": (8 if config.optimizer.adamw.mu_dtype == "float32" else 6) * N / shards,
+      "parameters": (size * N + 4 * trained if adapter else 4 * N) / shards,
+      "moments": (8 if config.optimizer.adamw.mu_dtype == "float32" else 6) * trained / shards,
       "kept for the backward pass": 4 * cfg.L * tokens * width * size,
-      "gradients": 4 * N / shards * (2 if config.accumulate > 1 else 1),
+      "gradients": 4 * trained / shards * (2 if config.accumulate > 1 else 1),
       "working memory": 24 * tokens * cfg.F / mesh["tensor"] + 3 * layer * size,
   }
 

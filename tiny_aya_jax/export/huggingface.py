@@ -3,6 +3,7 @@
 A folder is config.json, generation_config.json, model*.safetensors (with an index when sharded)
 and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a torch Linear is
 [out, in], so every matrix is its letters flattened to two axes and transposed (tiny_aya.md 1.2).
+An adapter is a folder of PEFT: adapter_config.json and adapter_model.safetensors.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import chat
+from tiny_aya_jax.model import adapter as adapters
 from tiny_aya_jax.model.transformer import BLOCKS
 
 # Our name in a block: (HF name in a layer, letters the torch [out, in] matrix flattens).
@@ -136,6 +138,38 @@ def write_texts(folder, cfg, tokenizer, dtype):
   ))
   run.write_json(folder / "special_tokens_map.json", specials)
   (folder / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
+
+
+def write_adapter(folder, params, adapter):
+  """Writes the adapters in params (our tree) as PEFT's files into a new folder, fp32.
+
+  PEFT counts a product lora_alpha / r times, as we do. The folder holds no base.
+  """
+  from safetensors.numpy import save_file
+
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True)
+  run.write_json(folder / "adapter_config.json", dict(
+      peft_type="LORA", task_type="CAUSAL_LM", r=adapter.R, lora_alpha=adapter.alpha, lora_dropout=0.0,
+      target_modules=sorted(LAYER[name].split(".")[1] for name in adapters.factors(adapter)),
+      bias="none", fan_in_fan_out=False, use_rslora=False, inference_mode=True,
+      base_model_name_or_path=None,
+  ))
+  save_file(adapter_tensors(params, adapter), folder / "adapter_model.safetensors",
+            metadata=dict(format="pt"))
+
+
+def adapter_tensors(params, adapter):
+  """{PEFT's name: fp32 array} of the adapters in params: lora_A [R, in] and lora_B [out, R]."""
+  trained, tensors = jax.device_get(adapters.split(params)[0]), {}
+  for name, (first, second) in adapters.factors(adapter).items():
+    for block, leaves in trained["periods"].items():
+      for period, (one, other) in enumerate(zip(leaves[first], leaves[second])):
+        layer = 4 * period + BLOCKS.index(block)
+        place = f"base_model.model.model.layers.{layer}.{LAYER[name]}"
+        tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(one.reshape(-1, adapter.R).T)
+        tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(other.reshape(adapter.R, -1).T)
+  return tensors
 
 
 def config_in(config, folder):

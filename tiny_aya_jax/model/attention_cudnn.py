@@ -148,7 +148,6 @@ def sequences(segment_BT, most):
   [[1, 1, 2, 0]], 4 -> [[2, 1, 1, -1]], [[0, 2, 3, -1, -1]]. Segments after the first `most` of a
   row are left out.
   """
-  T = segment_BT.shape[1]
   number_BT = jnp.cumsum(_starts(segment_BT), axis=1) - 1
   # A segment begins after all tokens of lower number: at T, if there is none of its number.
   begins = jnp.sum(number_BT[:, None] < jnp.arange(most + 1)[:, None], axis=-1, dtype=jnp.int32)

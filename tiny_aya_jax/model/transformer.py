@@ -9,7 +9,7 @@ rules (attention.py), sharding rules (axes.py).
 norm_epsilon. Parameters:
 
   embedding_VD  norm_D  periods/{sliding_0,sliding_1,sliding_2,full}/{norm_D, q_DNH, k_DKH, v_DKH,
-  o_NHD, gate_DF, up_DF, down_FD}, each with L in front.
+  o_NHD, gate_DF, up_DF, down_FD}, each with L in front; with adapters, the factors of adapter.py.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from tiny_aya_jax.axes import axis_size, letters, shard
-from tiny_aya_jax.model import fp8
+from tiny_aya_jax.model import adapter as adapters, fp8
 from tiny_aya_jax.model.attention import attention, ring_write
 from tiny_aya_jax.model.collectives import from_copies, gather, settle, to_copies
 
@@ -37,7 +37,7 @@ class TinyAya(nn.Module):
   dtype: of activations and matmuls (parameters stay fp32). backend: of attention. remat: what
   each block keeps for its backward pass (KEEP, 'offload'), or 'none': everything. unroll: periods
   per scan step. matmul: 'dtype', or 'fp8' for the seven of each block (fp8.py); embedding and head
-  stay in dtype.
+  stay in dtype, and so do adapters. adapter: adapter.Adapter, or None.
   """
 
   cfg: Any
@@ -46,6 +46,7 @@ class TinyAya(nn.Module):
   remat: str = "none"
   unroll: int = 1
   matmul: str = "dtype"
+  adapter: Any = None
 
   @nn.compact
   def __call__(self, token_BT, segment_BT, position_BT):
@@ -59,7 +60,7 @@ class TinyAya(nn.Module):
     periods = nn.scan(
         Period, variable_axes=dict(params=0, cache=0), split_rngs=dict(params=True),
         in_axes=(nn.broadcast, nn.broadcast), length=self.cfg.L, unroll=self.unroll,
-    )(self.cfg, self.dtype, self.backend, self.remat, self.matmul, name="periods")
+    )(self.cfg, self.dtype, self.backend, self.remat, self.matmul, self.adapter, name="periods")
     x_BTD, _ = periods(x_BTD, segment_BT, position_BT)
     return layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), self.cfg)
 
@@ -133,6 +134,7 @@ class Period(nn.Module):
   backend: str
   remat: str
   matmul: str
+  adapter: Any
 
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
@@ -141,9 +143,9 @@ class Period(nn.Module):
     )
     for name in BLOCKS:
       window = None if name == "full" else self.cfg.window
-      x_BTD = block(self.cfg, self.dtype, self.backend, window, self.matmul, name=name)(
-          x_BTD, segment_BT, position_BT
-      )
+      x_BTD = block(
+          self.cfg, self.dtype, self.backend, window, self.matmul, self.adapter, name=name
+      )(x_BTD, segment_BT, position_BT)
     return x_BTD, None
 
 
@@ -182,17 +184,31 @@ class Block(nn.Module):
   backend: str
   window: Any
   matmul: str
+  adapter: Any = None
 
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):
     cfg = self.cfg
-    weights, x_BTD = settle({name: weight(self, name) for name in MATRICES}, x_BTD)
-    weights = {name: gather(weights[name], letters(name), self.dtype) for name in MATRICES}
+    weights = {name: weight(self, name) for name in MATRICES}
+    factors = adapters.factors(self.adapter)
+    beside = {name: weight(self, name, init) for pair in factors.values()
+              for name, init in zip(pair, (adapters.first, nn.initializers.zeros))}
+    trained, x_BTD = settle(beside or weights, x_BTD)  # no gradient waits for what is frozen
+    weights = {name: gather(leaf, letters(name), self.dtype)
+               for name, leaf in (weights | trained).items()}
+
+    def times(x, name, letters):
+      """x through the matrix `name`, and through its adapter."""
+      y = project(x, weights[name], letters, self.matmul)
+      if name not in factors:
+        return y
+      return y + low_rank(x, *(weights[leaf] for leaf in factors[name]), letters, self.adapter)
+
     y_BTD = layer_norm(x_BTD, weight(self, "norm_D", nn.initializers.ones), cfg)
 
-    q_BTNH = project(y_BTD, weights["q_DNH"], "BTD,DNH->BTNH", self.matmul)
-    k_BTKH = project(y_BTD, weights["k_DKH"], "BTD,DKH->BTKH", self.matmul)
-    v_BTKH = project(y_BTD, weights["v_DKH"], "BTD,DKH->BTKH", self.matmul)
+    q_BTNH = times(y_BTD, "q_DNH", "BTD,DNH->BTNH")
+    k_BTKH = times(y_BTD, "k_DKH", "BTD,DKH->BTKH")
+    v_BTKH = times(y_BTD, "v_DKH", "BTD,DKH->BTKH")
     if self.window is not None:
       q_BTNH = rotate(q_BTNH, position_BT, cfg.rope_theta)
       k_BTKH = rotate(k_BTKH, position_BT, cfg.rope_theta)
@@ -211,12 +227,11 @@ class Block(nn.Module):
         q_BTNH, **keys, segment_BT=segment_BT, position_BT=position_BT, window=self.window,
         backend=self.backend,
     )
-    a_BTD = project(a_BTNH, weights["o_NHD"], "BTNH,NHD->BTD", self.matmul)
+    a_BTD = times(a_BTNH, "o_NHD", "BTNH,NHD->BTD")
 
-    gate_BTF = checkpoint_name(
-        project(y_BTD, weights["gate_DF"], "BTD,DF->BTF", self.matmul), "gate")
-    up_BTF = checkpoint_name(project(y_BTD, weights["up_DF"], "BTD,DF->BTF", self.matmul), "up")
-    f_BTD = project(jax.nn.silu(gate_BTF) * up_BTF, weights["down_FD"], "BTF,FD->BTD", self.matmul)
+    gate_BTF = checkpoint_name(times(y_BTD, "gate_DF", "BTD,DF->BTF"), "gate")
+    up_BTF = checkpoint_name(times(y_BTD, "up_DF", "BTD,DF->BTF"), "up")
+    f_BTD = times(jax.nn.silu(gate_BTF) * up_BTF, "down_FD", "BTF,FD->BTD")
     return shard(x_BTD + a_BTD + f_BTD, "BTD")
 
 
@@ -235,7 +250,8 @@ def logits(params, hidden_BTD, cfg):
 
 def weight(module, name, init=normal):
   """A parameter whose name is its shape: weight(self, "q_DNH") is [D, N, H], fp32."""
-  return module.param(name, init, tuple(getattr(module.cfg, letter) for letter in letters(name)))
+  sizes = (getattr(module.adapter if letter == "R" else module.cfg, letter) for letter in letters(name))
+  return module.param(name, init, tuple(sizes))
 
 
 def layer_norm(x_BTD, norm_D, cfg):
@@ -262,6 +278,17 @@ def project(x, weight, letters, matmul):
   else:
     flat = product(tokens, matrix)
   return shard(from_copies(flat, B, T).reshape(B, T, *rest), result)
+
+
+def low_rank(x, first, second, letters, adapter):
+  """alpha / R x first second, in x's dtype; letters are those of the matrix beside it.
+
+  The product of the two is never made: then no gradient of a matrix is either, a third of what
+  training computes (experiments/LOG.md), and in bfloat16 no update is lost by rounding a sum.
+  """
+  inputs, _, result = letters.replace("->", ",").split(",")
+  x_BTR = project(x, first, f"{inputs},{inputs[2:]}R->BTR", "dtype")
+  return project(adapter.alpha / adapter.R * x_BTR, second, f"BTR,R{result[2:]}->{result}", "dtype")
 
 
 def rotate(x_BTNH, position_BT, theta):

@@ -4,7 +4,8 @@ This workdir's newest checkpoint; else `init_from`; else scratch. A resume is th
 refused: another model, T or tokenizer always, another rate, mixture, batch or seed unless
 `accept_change`, which appends to the plan so that every source's counter goes on. A fork
 (`init_what` "state") takes parameters, moments, step and counters of a trunk; "params" takes
-parameters only, at step 0. start.py loads what is decided here.
+parameters only, at step 0. Adapters (config.adapter) begin with "params", on merged ones, and go on as
+they were. start.py loads what is decided here.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, mixture, rules
-from tiny_aya_jax.train import saved
+from tiny_aya_jax.train import fields, saved
 
 
 class Begin(NamedTuple):
@@ -43,6 +44,9 @@ def decide(config, workdir, plan, tokenizer, step=None):
     raise run.Refused(f"{workdir} has no checkpoint any more, its ledger says that step {gone} was saved: "
                       f"nothing is begun anew behind your back; give another --workdir, or remove {workdir}")
   if not config.init_from:
+    if config.adapter.rank is not None:
+      raise run.Refused(f"config.adapter.rank is {config.adapter.rank} and config.init_from is not set: an "
+                        "adapter on random weights adapts nothing; name a checkpoint or a folder")
     return Begin(None, False, 0, 0, plan, None, f"parameters from scratch, seed {config.seed}")
   run.existing("init_from", config.init_from)
   if config.init_what == "state":
@@ -60,6 +64,7 @@ def decide(config, workdir, plan, tokenizer, step=None):
 def _resume(config, path, plan, tokenizer):
   meta, data = saved.meta(path), saved.data(path)
   _same_model(path, meta, config, tokenizer)
+  _same_adapter(path, meta, config)
   _same_length(path, meta, config)
   done = meta["step"] - meta["start"]
   if config.steps < done:
@@ -99,6 +104,7 @@ def _fork(config, plan, tokenizer):
   path = saved.find(config.init_from)
   meta, data = saved.meta(path), saved.data(path)
   _same_model(path, meta, config, tokenizer)
+  _same_adapter(path, meta, config)
   _same_length(path, meta, config)
   if data["seed"] != config.data.seed and not config.data.accept_change:
     raise run.Refused(
@@ -254,6 +260,17 @@ def _same_model(path, meta, config, tokenizer):
     raise run.Refused(
         f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
         f"{config.tokenizer} is {tokenizer.sha256[:12]}"
+    )
+
+
+def _same_adapter(path, meta, config):
+  theirs, ours = meta.get("adapter"), fields.adapter(config)
+  if theirs != ours:
+    said = [", ".join(f"{key} {value}" for key, value in found.items()) if found else "none"
+            for found in (theirs, ours)]
+    raise run.Refused(
+        f"{path} was trained with adapter: {said[0]}; config.adapter says: {said[1]}. Set it back, or begin "
+        "another --workdir with config.init_what 'params', which merges what was learnt"
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from tiny_aya_jax import processes, run
+from tiny_aya_jax.model import adapter
 from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")
@@ -143,10 +144,16 @@ def restore(path, abstract, names=TREES):
 
 
 def restore_params(path, shardings=None):
-  """(params, meta) of a checkpoint: all that later stages read.
+  """(params, meta) of a checkpoint: all that later stages read. Adapters are merged into their matrices.
 
   shardings: tree -> shardings of its leaves, to read straight into shards; None: one device.
   """
+  params, meta = restore_apart(path, shardings)
+  return adapter.merged(params, adapter.described(meta.get("adapter"))), meta
+
+
+def restore_apart(path, shardings=None):
+  """`restore_params` with adapters beside their matrices, as they were trained."""
   path = saved.find(path)
   described = _described(path, "params")
   placed = shardings(described) if shardings else jax.tree.map(lambda _: _here(), described)

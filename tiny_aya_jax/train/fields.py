@@ -9,6 +9,7 @@ from tiny_aya_jax import run
 
 MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale", "norm_epsilon")
 SHAPES = ("wsd", "cosine", "linear")
+ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def check(config):
@@ -35,6 +36,7 @@ def _fields(config):
     if not smallest <= value < math.inf:  # so, nan is refused too
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
+  _adapter(config.adapter)
   if not 0 < config.loss.beta < math.inf:
     raise run.Refused(f"config.loss.beta is {config.loss.beta}, expected more than 0")
   if config.loss.kind != "next_token" and config.loss.pairs < 1:
@@ -78,6 +80,27 @@ def _optimizer(optimizer):
   if not 0 < adamw.eps < math.inf or not 0 <= adamw.weight_decay < math.inf:
     raise run.Refused(f"config.optimizer.adamw has eps {adamw.eps} and weight_decay "
                       f"{adamw.weight_decay}, expected more than 0 and at least 0")
+
+
+def _adapter(found):
+  if found.rank is None:
+    return
+  if found.rank < 1 or not 0 < found.alpha < math.inf:
+    raise run.Refused(f"config.adapter has rank {found.rank} and alpha {found.alpha}, expected at least 1 "
+                      "and more than 0")
+  for name in found.matrices:
+    run.choose("config.adapter.matrices", name, ADAPTED)
+  if not found.matrices:
+    raise run.Refused(f"config.adapter.matrices is empty, expected some of {', '.join(ADAPTED)}")
+
+
+def adapter(config):
+  """{"rank", "alpha", "matrices", "dtype" of what is frozen}; None where everything is trained."""
+  found = config.adapter
+  if found.rank is None:
+    return None
+  matrices = [name for name in ADAPTED if name in found.matrices]
+  return dict(rank=found.rank, alpha=found.alpha, matrices=matrices, dtype=config.dtype)
 
 
 def _sizes(config):

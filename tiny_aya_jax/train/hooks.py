@@ -16,8 +16,8 @@ from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import loader
 from tiny_aya_jax.evaluate import rollups
 from tiny_aya_jax.export import huggingface
-from tiny_aya_jax.model import bits, preference
-from tiny_aya_jax.train import metrics
+from tiny_aya_jax.model import adapter, bits, preference
+from tiny_aya_jax.train import fields, metrics
 
 
 class Hook(NamedTuple):
@@ -95,6 +95,7 @@ def export(config, workdir, tokenizer):
       try:
         for stale in parent.glob(".*.tmp*"):  # of an export that was killed
           shutil.rmtree(stale)
+        whole = adapter.merged(whole, adapter.described(fields.adapter(config)))
         huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16")
         run.say(f"exported step {at} to {parent / str(at)}")
       except OSError as error:

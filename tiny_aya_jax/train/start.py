@@ -7,9 +7,10 @@ and never replaced by a start from nothing.
 import jax
 import jax.numpy as jnp
 
-from tiny_aya_jax import processes, run
+from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import tokenizer as tokenizers
 from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.model import adapter
 from tiny_aya_jax.train import begin as begins, checkpoint, guard, optimizer, saved, step
 
 
@@ -80,12 +81,17 @@ def start(config, begin, mesh, tokenizer):
     kept = guard.from_json(saved.meta(begin.path).get("guard"), config.guard.window)
     return items | dict(step=jax.device_put(jnp.int32(begin.step), placed["step"]),
                         guard=jax.device_put(kept, placed["guard"]))
+  adapters, base = adapter.split(abstract["params"]) if config.adapter.rank else ({}, abstract["params"])
   if (begin.path / "config.json").exists():
-    params = _from_hugging_face(config, begin.path, abstract["params"], tokenizer)
+    params = _from_hugging_face(config, begin.path, base, tokenizer)
   else:
-    params = checkpoint.restore(begin.path, dict(params=abstract["params"]), ("params",))["params"]
+    params = _from_checkpoint(begin.path, base, mesh)
+  if adapters:
+    where = jax.tree.map(lambda leaf: leaf.sharding, adapters)
+    drawn = jax.jit(lambda: adapter.split(scratch()["params"])[0], out_shardings=where)()
+    params = adapter.join(drawn, params)
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-  moments = jax.jit(tx.init, out_shardings=placed["optimizer"])(params)
+  moments = jax.jit(tx.init, out_shardings=placed["optimizer"])(adapter.split(params)[0])
   zero = jax.device_put(jnp.int32(0), placed["step"])
   fresh = jax.device_put(guard.fresh(config.guard.window), placed["guard"])
   return dict(step=zero, params=params, optimizer=moments, guard=fresh)
@@ -104,9 +110,26 @@ def _restored(config, path, mesh, abstract):
           for name in checkpoint.TREES}
 
 
+def _from_checkpoint(path, abstract, mesh):
+  params, _ = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
+  found, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract))
+  if found != wanted:
+    raise run.Refused(f"{path}: params has other arrays than this program's model")
+
+  def cast(x, like):  # one at a time is held twice
+    if x.dtype == like.dtype:
+      return x
+    held = jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding)(x)
+    x.delete()
+    return held
+
+  return jax.tree.map(cast, params, abstract)
+
+
 def _from_hugging_face(config, path, abstract, tokenizer):
   params, cfg = huggingface.read(path)
   begins.same_fields(path, cfg.to_dict(), config.model.to_dict())
   if not tokenizers.load(path / "tokenizer.json").same_ids(tokenizer):
     raise run.Refused(f"{path} has another tokenizer than {config.tokenizer}")
-  return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
+  return jax.tree.map(
+      lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, abstract)

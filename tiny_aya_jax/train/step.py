@@ -11,16 +11,16 @@ import optax
 
 from tiny_aya_jax import axes, chips
 from tiny_aya_jax.axes import axis_size, constrain
-from tiny_aya_jax.model import bits, losses, preference
+from tiny_aya_jax.model import adapter, bits, losses, preference
 from tiny_aya_jax.model.transformer import TinyAya, hidden
-from tiny_aya_jax.train import guard, optimizer
+from tiny_aya_jax.train import fields, guard, optimizer
 
 
 def model(config):
   """The transformer that a train config describes."""
   return TinyAya(
       config.model, jnp.dtype(config.dtype), config.attention, config.remat, config.unroll,
-      config.matmul,
+      config.matmul, adapter.described(fields.adapter(config)),
   )
 
 
@@ -50,12 +50,14 @@ def compiled(config, mesh, rate, sources):
 def scratch(config):
   """A function of nothing: the state {"step", "params", "optimizer", "guard"} of a run that begins."""
   tx = optimizer.adamw(config.optimizer, lambda step: 0.0)  # its state does not depend on the rate
-  shape = TinyAya(config.model)  # parameters do not depend on how they are used
+  # Parameters do not depend on how they are used, but for adapters.
+  shape = TinyAya(config.model, adapter=adapter.described(fields.adapter(config)))
 
   def draw():
     rows = jnp.ones((axis_size("data") * axis_size("fsdp"), axis_size("context")), jnp.int32)
     params = shape.init(jax.random.key(config.seed), rows, rows, rows)["params"]
-    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(params),
+    params = adapter.held(params, jnp.dtype(config.dtype))
+    return dict(step=jnp.int32(0), params=params, optimizer=tx.init(adapter.split(params)[0]),
                 guard=guard.fresh(config.guard.window))
 
   return draw
@@ -113,18 +115,21 @@ GO_ON, SAVE, STOP = 0, 1, 2
 def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
   """(state, global batch) -> (state, metrics). Gradients are of the mean over all tokens.
 
+  They and the moments are of what is trained (adapter.split); the rest goes through as it is.
   state: {"step", "params", "optimizer", "guard"}. The batch is split into `accumulate` parts whose
   sums, not means, are added, so the result does not depend on how it is split. An update that
   guard.judge does not want is not applied. metrics: loss in nats a token (or a pair), grad_norm,
   count of tokens (pairs), verdict, not_finite (steps in a row), vote, and what the loss tells, summed
   per source: loss_S, tokens_S and the like.
   """
+  trained, frozen = adapter.split(state["params"])
+
   def part(rows):
-    def summed(params):
-      sum, count, told = loss(params, rows)
+    def summed(trained):
+      sum, count, told = loss(adapter.join(trained, frozen), rows)
       return sum, (count, told)
 
-    (sum, (count, told)), grads = jax.value_and_grad(summed, has_aux=True)(state["params"])
+    (sum, (count, told)), grads = jax.value_and_grad(summed, has_aux=True)(trained)
     return grads, sum, count, {
         f"{name}_S": bits.by_source(x, rows["source_B"], sources) for name, x in told.items()}
 
@@ -139,12 +144,13 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
         lambda carry, rows: (jax.tree.map(jnp.add, carry, part(rows)), None), zero, parts)
   count = jnp.maximum(count, 1)
   grads = jax.tree.map(lambda grad: grad / count, grads)
-  updates, moments = tx.update(grads, state["optimizer"], state["params"])
-  updated = dict(params=optax.apply_updates(state["params"], updates), optimizer=moments)
+  updates, moments = tx.update(grads, state["optimizer"], trained)
+  updated = dict(params=optax.apply_updates(trained, updates), optimizer=moments)
   grad_norm = optax.tree.norm(grads)
   verdict, guarded = guard.judge(state["guard"], sum / count, grad_norm, sigma)
   kept = jax.tree.map(functools.partial(guard.keep, verdict), updated,
-                      {name: state[name] for name in updated})
+                      dict(params=trained, optimizer=state["optimizer"]))
+  kept["params"] = adapter.join(kept["params"], frozen)
   report = dict(loss=sum / count, grad_norm=grad_norm, count=count, verdict=verdict,
                 not_finite=guarded["not_finite"], vote=batch["vote_P"].max(), **per_source)
   return kept | dict(step=state["step"] + 1, guard=guarded), jax.tree.map(constrain, report)

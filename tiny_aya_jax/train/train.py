@@ -18,7 +18,7 @@ import jax
 
 from tiny_aya_jax import axes, chips, processes, run
 from tiny_aya_jax.data import loader, mixture
-from tiny_aya_jax.model import attention
+from tiny_aya_jax.model import adapter, attention
 from tiny_aya_jax.train import (
     begin as begins, fields, guard, hooks, ledger, metrics, optimizer, proof, saved, saver as savers, start,
     step, watchdog
@@ -62,6 +62,7 @@ def main(config, workdir, plan, validation, tokenizer):
     meta = dict(
         model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
         start=begin.start, steps=config.steps, origin=begin.origin, run=begins.facts(config),
+        adapter=fields.adapter(config),
     )
     spent.begin(int(state["step"]))
     try:
@@ -215,9 +216,11 @@ def _within_memory(config, call, *arguments):
 def _record(config, workdir, mesh, model, state, tokenizer):
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
   embedding = state["params"]["embedding_VD"].size
+  trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.split(state["params"])[0]))
+  beside = f", {trained:,} of them trained: adapters of rank {config.adapter.rank}" if config.adapter.rank else ""
   matmul = "" if config.matmul == "dtype" else f", matmul {config.matmul}"
   run.say(
-      f"{parameters:,} parameters ({parameters - embedding:,} without the embedding), mesh "
+      f"{parameters:,} parameters ({parameters - embedding:,} without the embedding){beside}, mesh "
       f"{dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}, {config.dtype}{matmul}, attention "
       f"{model.backend}, remat {model.remat}"
   )
