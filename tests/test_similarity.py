@@ -183,7 +183,8 @@ def test_eight_devices_find_what_one_does(cfg, pair, rows, found):
 
 
 def test_sources_of_a_language_are_added_and_one_without_a_token_has_no_divergence():
-  totals = dict(tokens=np.array([3.0, 1.0, 0.0]), kl_ab=np.array([6.0, 2.0, 0.0]), kl_ba=np.array([1.0, 1.0, 0.0]))
+  totals = dict(tokens=np.array([3.0, 1.0, 0.0]), kl_ab=np.array([6.0, 2.0, 0.0]),
+                kl_ba=np.array([1.0, 1.0, 0.0]))
   assert similarity._averages(totals, ["deu_Latn", "deu_Latn", "code"]) == dict(
       deu_Latn=dict(tokens=4, kl_ab=2.0, kl_ba=0.5), code=dict(tokens=0, kl_ab=None, kl_ba=None))
 
@@ -291,9 +292,9 @@ def saved_as(folder, params, cfg, place):
 
 
 def arguments(data, *places, **fields):
-  return [f"--config.checkpoints={tuple(map(str, places))}", f"--config.tokenizer={data / 'tokenizer.model'}",
-          f"--config.rows={data / 'rows/validation'}", "--config.batch=64",
-          *(f"--config.{name}={value}" for name, value in fields.items())]
+  return [f"--config.checkpoints={tuple(map(str, places))}",
+          f"--config.tokenizer={data / 'tokenizer.model'}", f"--config.rows={data / 'rows/validation'}",
+          "--config.batch=64", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned, tmp_path, monkeypatch):
@@ -302,7 +303,8 @@ def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned,
   measures = json.loads((tmp_path / "evaluation.json").read_text())["measures"]
   to, back = [one for one in measures if one["task"] == "divergence"]
   assert to["measure"] == "KL(checkpoint || random@0)" and to["better"] == "lower"
-  assert back["measure"] == "KL(random@0 || checkpoint)" and to["counts"].keys() == to["columns"]["tuned"].keys()
+  assert back["measure"] == "KL(random@0 || checkpoint)"
+  assert to["counts"].keys() == to["columns"]["tuned"].keys()
   for one in (to, back):
     assert len(one["columns"]["tuned"]) == 4
     assert all(0 < value < 1 for value in one["columns"]["tuned"].values())
