@@ -319,6 +319,7 @@ def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned,
   assert "KL(checkpoint || random@0)" in (tmp_path / "report.html").read_text()
   (tmp_path / "evaluation.json").unlink()
   monkeypatch.setattr(outputs.engines, "load", lambda *_: pytest.fail("computed again"))
+  monkeypatch.setattr(outputs.engines, "refuse_unless_possible", lambda *_: None)  # seconds of tracing
   assert call("evaluate", "evaluate.py:tiny", tmp_path, *some) == 0
   assert json.loads((tmp_path / "evaluation.json").read_text())["measures"] == measures
   other = [*some, f"--config.divergence_from={tuned}"]
