@@ -7,7 +7,8 @@
 
 Expected: a table, WORKDIR/evaluation.json, WORKDIR/report.html, and every answer under
 WORKDIR/outputs. A task runs when it is given its set: files named by language, or hf://NAME. With
-config.baselines.train_text and .validation_text, xz and an order-5 byte n-gram stand beside.
+config.baselines.train_text and .validation_text, xz and an order-5 byte n-gram stand beside. With
+config.divergence_from=runs/sft, say, each checkpoint's KL to that one, both ways, on the rows.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -24,7 +25,7 @@ def get_config(variant="full"):
   c.checkpoints = ()  # workdirs (their newest step), checkpoint folders or Hugging Face folders
   c.baseline = config_dict.placeholder(str)  # the column that others are compared with
   c.rows = config_dict.placeholder(str)  # packed validation rows
-  c.divergence_from = config_dict.placeholder(str)  # a checkpoint: each other's KL to it, on rows
+  c.divergence_from = config_dict.placeholder(str)  # a checkpoint of the same vocabulary
   c.tokenizer = config_dict.placeholder(str)  # of our checkpoints
   c.tasks = ConfigDict({name: config_dict.placeholder(str) for name in TASKS})
   c.languages = ("all",)  # of tasks

@@ -48,7 +48,8 @@ def test_a_better_candidate_that_is_less_safe_is_shown_and_not_chosen():
   assert "1 with a better one are less safe" in result["why"] and "at least 0.8" in result["why"]
   assert choose(safety=SAFETY, baseline_safety=0.85, tolerance=0.15)["choice"] == "slerp 0.5"
   assert choose(safety=SAFETY, baseline_safety=0.85)["choice"] == "linear 0.75"  # equal is no regression
-  assert 0.8 - 0.1 > 0.7 and choose(safety=SAFETY, baseline_safety=0.8, tolerance=0.1)["choice"] == "slerp 0.5"
+  decimals = choose(safety=SAFETY, baseline_safety=0.8, tolerance=0.1)
+  assert 0.8 - 0.1 > 0.7 and decimals["choice"] == "slerp 0.5"
 
 
 def test_where_none_is_safe_none_is_chosen_and_it_is_said():
@@ -134,9 +135,12 @@ REGIONS = [f"region {number}" for number in range(6)]
 
 def similarity(random, base=True):
   """Features of a pair as similarity.features gives them."""
+  def nats():
+    return dict(mean=random.uniform(0.1, 1), p90=random.uniform(1, 2))
+
   def one():
-    return dict(kl_ab=dict(mean=random.uniform(0.1, 1), p90=random.uniform(1, 2)), agreement=random.uniform(0.3, 1),
-                kl_ba=dict(mean=random.uniform(0.1, 1), p90=random.uniform(1, 2)), cosine=[random.uniform(0.8, 1)] * 4)
+    return dict(kl_ab=nats(), kl_ba=nats(), agreement=random.uniform(0.3, 1),
+                cosine=[random.uniform(0.8, 1)] * 4)
 
   task = dict(task_cosine=random.uniform(0, 1), task_norm_ratio=1.0, sign_agreement=random.uniform(0.5, 1))
   return dict(functional=dict(languages={code: one() for code in LANGUAGES}),
@@ -199,7 +203,8 @@ def test_more_ridge_predicts_less():
 def test_the_left_out_region_is_predicted_by_the_others_alone():
   rows = merges(planted)
   changed = [row | dict(gain=row["gain"] + 100) if row["region"] == "region 0" else row for row in rows]
-  one, other = (selection.fit([row for row in some if row["region"] != "region 0"], 1.0) for some in (rows, changed))
+  one, other = (selection.fit([row for row in some if row["region"] != "region 0"], 1.0)
+                for some in (rows, changed))
   assert one == other
   left = selection.fit(changed, 1.0)["error"]["ours"]
   assert left > 100 * (1 / 6) ** 0.5 * 0.95  # nobody foresaw it

@@ -183,7 +183,8 @@ def test_eight_devices_find_what_one_does(cfg, pair, rows, found):
 
 
 def test_sources_of_a_language_are_added_and_one_without_a_token_has_no_divergence():
-  totals = dict(tokens=np.array([3.0, 1.0, 0.0]), kl_ab=np.array([6.0, 2.0, 0.0]), kl_ba=np.array([1.0, 1.0, 0.0]))
+  totals = dict(tokens=np.array([3.0, 1.0, 0.0]), kl_ab=np.array([6.0, 2.0, 0.0]),
+                kl_ba=np.array([1.0, 1.0, 0.0]))
   assert similarity._averages(totals, ["deu_Latn", "deu_Latn", "code"]) == dict(
       deu_Latn=dict(tokens=4, kl_ab=2.0, kl_ba=0.5), code=dict(tokens=0, kl_ab=None, kl_ba=None))
 
@@ -276,9 +277,9 @@ def test_all_features_are_json_and_a_table(cfg, pair, rows, found):
 
 @pytest.fixture(scope="module")
 def tuned(place, tmp_path_factory):
-  """A workdir whose checkpoint is near `place`."""
+  """A workdir whose checkpoint is some way from `place`."""
   cfg = ml_collections.ConfigDict(saved.meta(place)["model"])
-  params = jax.tree.map(lambda x, y: x + 0.05 * y, checkpoint.restore_params(place)[0],
+  params = jax.tree.map(lambda x, y: x + 0.3 * y, checkpoint.restore_params(place)[0],
                         random_params(cfg, seed=4))
   return saved_as(tmp_path_factory.mktemp("model") / "tuned", params, cfg, place)
 
@@ -291,9 +292,9 @@ def saved_as(folder, params, cfg, place):
 
 
 def arguments(data, *places, **fields):
-  return [f"--config.checkpoints={tuple(map(str, places))}", f"--config.tokenizer={data / 'tokenizer.model'}",
-          f"--config.rows={data / 'rows/validation'}", "--config.batch=64",
-          *(f"--config.{name}={value}" for name, value in fields.items())]
+  return [f"--config.checkpoints={tuple(map(str, places))}",
+          f"--config.tokenizer={data / 'tokenizer.model'}", f"--config.rows={data / 'rows/validation'}",
+          "--config.batch=64", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned, tmp_path, monkeypatch):
@@ -302,14 +303,16 @@ def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned,
   measures = json.loads((tmp_path / "evaluation.json").read_text())["measures"]
   to, back = [one for one in measures if one["task"] == "divergence"]
   assert to["measure"] == "KL(checkpoint || random@0)" and to["better"] == "lower"
-  assert back["measure"] == "KL(random@0 || checkpoint)" and to["counts"].keys() == to["columns"]["tuned"].keys()
+  assert back["measure"] == "KL(random@0 || checkpoint)"
+  assert to["counts"].keys() == to["columns"]["tuned"].keys()
   for one in (to, back):
     assert len(one["columns"]["tuned"]) == 4
-    assert all(0 < value < 1 for value in one["columns"]["tuned"].values())
+    assert all(0 < value < 10 for value in one["columns"]["tuned"].values())
   cfg, manifests = saved.meta(place)["model"], loader.read_manifests(data / "rows/validation")[:1]
   (rows,) = loader.every_row_once(manifests, manifests[0]["rows"])
   pair = [checkpoint.restore_params(place)[0] for place in (tuned, place)]
   expected = brute_force(forward(ml_collections.ConfigDict(cfg), rows), pair)
+  assert expected[0].mean() != pytest.approx(expected[1].mean(), rel=0.001)
   for one, values in zip((to, back), expected):
     assert one["counts"]["deu_Latn"] == manifests[0]["trained"]
     assert one["columns"]["tuned"]["deu_Latn"] == pytest.approx(
@@ -317,6 +320,7 @@ def test_evaluate_reports_the_divergence_to_a_reference_once(data, place, tuned,
   assert "KL(checkpoint || random@0)" in (tmp_path / "report.html").read_text()
   (tmp_path / "evaluation.json").unlink()
   monkeypatch.setattr(outputs.engines, "load", lambda *_: pytest.fail("computed again"))
+  monkeypatch.setattr(outputs.engines, "refuse_unless_possible", lambda *_: None)  # seconds of tracing
   assert call("evaluate", "evaluate.py:tiny", tmp_path, *some) == 0
   assert json.loads((tmp_path / "evaluation.json").read_text())["measures"] == measures
   other = [*some, f"--config.divergence_from={tuned}"]

@@ -34,7 +34,8 @@ def parsed(name):
   try:
     return operator, float(strength)
   except ValueError:
-    raise run.Refused(f"candidate {name!r}: expected an operator and a strength, such as {NULL!r}") from None
+    raise run.Refused(f"candidate {name!r}: expected an operator and a strength, such as "
+                      f"{NULL!r}") from None
 
 
 # --- the choice ---------------------------------------------------------------------------------
@@ -218,10 +219,7 @@ def fit(rows, ridge):
                       f"{LEAST_ROWS} of {LEAST_REGIONS}: measure more merges")
   if ridge <= 0:
     raise run.Refused(f"ridge is {ridge}, expected more than 0")
-  left = [row["gain"] - gain for region in regions
-          for part in [[row for row in rows if row["region"] == region]]
-          for row, gain in zip(part, _gains(_fitted([row for row in rows if row["region"] != region], ridge),
-                                            part))]
+  left = [error for region in regions for error in _left_out(rows, region, ridge)]
   ours, nothing = (math.sqrt(statistics.fmean(x * x for x in values))
                    for values in (left, [row["gain"] for row in rows]))
   return _fitted(rows, ridge) | dict(error=dict(regions=len(regions), rows=len(rows), ours=ours,
@@ -235,7 +233,8 @@ def predict(predictor, similarity, candidates, languages):
   Refuses operators that no earlier merge used, and languages that the probe does not have.
   """
   if unknown := sorted({parsed(name)[0] for name in candidates} - set(predictor["operators"])):
-    raise run.Refused(f"no earlier merge used {', '.join(unknown)}: only {', '.join(predictor['operators'])}")
+    raise run.Refused(f"no earlier merge used {', '.join(unknown)}: only "
+                      f"{', '.join(predictor['operators'])}")
   if absent := [code for code in languages if code not in similarity["functional"]["languages"]]:
     raise run.Refused(f"the probe has no rows in {', '.join(absent)}")
   found = {}
@@ -243,6 +242,13 @@ def predict(predictor, similarity, candidates, languages):
     rows = [dict(candidate=name, features=features(similarity, code)) for code in languages]
     found[name] = dict(zip(languages, _gains(predictor, rows)))
   return found
+
+
+def _left_out(rows, region, ridge):
+  """What the other regions do not foresee of the gains of one."""
+  others = _fitted([row for row in rows if row["region"] != region], ridge)
+  part = [row for row in rows if row["region"] == region]
+  return [row["gain"] - gain for row, gain in zip(part, _gains(others, part))]
 
 
 def _fitted(rows, ridge):
@@ -332,8 +338,8 @@ def _lines(result, predictor, compared):
   for row in result["candidates"]:
     mark = "*" if row["candidate"] == result["choice"] else " "
     safety = "-" if row["safety"] is None else f"{row['safety']:.4f}"
-    yield (f"{row['rank']:>3}{mark}  {row['candidate']:{width}}{row['objective']:>11.4f}{row['mean']:>10.4f}"
-           f"{row['minimum']:>10.4f}{safety:>10}  {row['refused'] or ''}").rstrip()
+    yield (f"{row['rank']:>3}{mark}  {row['candidate']:{width}}{row['objective']:>11.4f}"
+           f"{row['mean']:>10.4f}{row['minimum']:>10.4f}{safety:>10}  {row['refused'] or ''}").rstrip()
   yield f"choice: {result['choice'] or 'none'}: {result['why']}"
   if (null := result["null"])["difference"]:
     low, high = null["interval"]

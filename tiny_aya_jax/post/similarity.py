@@ -234,7 +234,8 @@ def divergence(models, pair, batches, mesh, codes, *, chunk):
     hidden = [model.apply({"params": params}, *rows) for model, params in zip(models, (a, b))]
     found = apart.predictions(cfgs, (a, b), hidden, chunk)
     counted_BT = (batch["weight_BT"] > 0).astype(jnp.float32)
-    parts = dict(tokens=counted_BT, kl_ab=found["kl_ab_BT"] * counted_BT, kl_ba=found["kl_ba_BT"] * counted_BT)
+    parts = dict(tokens=counted_BT, kl_ab=found["kl_ab_BT"] * counted_BT,
+                 kl_ba=found["kl_ba_BT"] * counted_BT)
     return jax.tree.map(lambda total, x_BT: total + bits.by_source(x_BT, batch["source_B"], len(codes)),
                         totals, parts)
 
