@@ -35,7 +35,7 @@ FROZEN = {
     checkpoint.verify: "path",
     huggingface.write: "folder params cfg tokenizer *dtype *shard_bytes",
     huggingface.read: "folder",
-    merge.merge: "models operator *base *weights *t *density *lambda_ *trimming *normalize *seed",
+    merge.merge: "models operator *base *weights *t *density *scale *trimming *normalize *seed",
     languages.find: "name",
 }
 

@@ -159,7 +159,7 @@ REFUSED = {
     "density 0": (dict(operator="ties", base=True, density=0.0), "density is 0.0"),
     "density 2": (dict(operator="dare_ties", base=True, density=2.0), "density is 2.0"),
     "density of a norm": (dict(operator="ties", base=True, density=0.01), "none of the 32 numbers"),
-    "lambda": (dict(operator="ties", base=True, lambda_=float("inf")), "lambda is inf"),
+    "lambda": (dict(operator="ties", base=True, scale=float("inf")), "scale is inf"),
     "trimming": (dict(operator="ties", base=True, trimming="modle"), "did you mean 'model'"),
 }
 

@@ -26,10 +26,10 @@ READS = dict(  # of what `merge` takes
     linear=("weights", "normalize"),
     slerp=("t",),
     nuslerp=("base", "t"),
-    task_arithmetic=("base", "weights", "lambda_", "normalize"),
-    ties=("base", "weights", "density", "trimming", "lambda_", "normalize"),
-    dare_linear=("base", "weights", "density", "lambda_", "normalize", "seed"),
-    dare_ties=("base", "weights", "density", "lambda_", "normalize", "seed"),
+    task_arithmetic=("base", "weights", "scale", "normalize"),
+    ties=("base", "weights", "density", "trimming", "scale", "normalize"),
+    dare_linear=("base", "weights", "density", "scale", "normalize", "seed"),
+    dare_ties=("base", "weights", "density", "scale", "normalize", "seed"),
 )
 FOLDER = "huggingface"
 TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -37,7 +37,7 @@ TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
 MOST_T = 8192  # of a Hugging Face folder that says more, as in evaluate
 
 
-def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, lambda_=1.0,
+def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, scale=1.0,
           trimming="tensor", normalize=None, seed=0):
   """Parameter trees (nested dicts of arrays) -> their merge, a tree of fp32 NumPy arrays.
 
@@ -46,7 +46,7 @@ def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, lambda
   that are not finite.
   """
   recipe = check(operator, len(models), base is not None, dict(
-      weights=weights, t=t, density=density, lambda_=lambda_, trimming=trimming,
+      weights=weights, t=t, density=density, scale=scale, trimming=trimming,
       normalize=normalize, seed=seed))
   named = {f"model {number}": tree for number, tree in enumerate(models)}
   shapes = _shapes(models[0])
@@ -76,9 +76,9 @@ def check(operator, models, base, settings):
     raise run.Refused(f"{operator} needs the base that the models were trained from" if not base else
                       f"{operator} reads no base: leave it out, or give it as one of the models")
   recipe = dict(operator=operator) | {name: settings[name] for name in reads if name != "base"}
-  for name in ("t", "density", "lambda_"):
+  for name in ("t", "density", "scale"):
     if name in reads and not math.isfinite(recipe[name]):
-      raise run.Refused(f"{name.rstrip('_')} is {recipe[name]}, expected a number")
+      raise run.Refused(f"{name} is {recipe[name]}, expected a number")
   if "t" in reads and not 0 <= recipe["t"] <= 1:
     raise run.Refused(f"t is {recipe['t']}, expected 0 (the first model) to 1 (the second)")
   if "density" in reads and not 0 < recipe["density"] <= 1:
@@ -270,9 +270,9 @@ class Input(NamedTuple):
 def main(config, workdir):
   """Writes workdir/checkpoints/0 or workdir/huggingface, and workdir/merge.json."""
   began = time.monotonic()
-  names = ("weights", "t", "density", "trimming", "normalize", "seed")
+  names = ("weights", "t", "density", "trimming", "scale", "normalize", "seed")
   recipe = check(config.operator, len(config.checkpoints), bool(config.base),
-                 {name: config[name] for name in names} | dict(lambda_=config["lambda"]))
+                 {name: config[name] for name in names})
   run.choose("config.output", config.output, ("checkpoint", FOLDER))
   run.choose("config.dtype", config.dtype, ("bfloat16", "float16", "float32"))
   if config.output == "checkpoint" and config.dtype != "float32":
@@ -307,7 +307,7 @@ def main(config, workdir):
 
 
 def _sentence(recipe):
-  reads = (f"{name.rstrip('_')} {value}" for name, value in recipe.items() if name != "operator")
+  reads = (f"{name} {value}" for name, value in recipe.items() if name != "operator")
   return ", ".join([recipe["operator"], *reads])
 
 
