@@ -176,22 +176,17 @@ def _whole_model(shapes, sources, base, recipe):
 
 
 def _threshold(shapes, source, base, density):
-  """Exact, in two passes: of magnitudes, larger bits are larger numbers."""
+  """Exact, in two passes, one for each half of the bits of the magnitude."""
   size = sum(math.prod(shape) for shape in shapes.values())
-  rank, high = size - int(density * size), None  # rank 1 is the smallest
-  for shift in (16, 0):
-    counts = np.zeros(1 << 16, np.int64)
-    for path, period in _places(shapes):
-      delta = _read(source, path, period) - _read(base, path, period)
-      bits = np.abs(delta).reshape(-1).view(np.uint32)
-      if high is not None:
-        bits = bits[bits >> 16 == high]
-      counts += np.bincount(bits >> shift & 0xFFFF, minlength=1 << 16)
+  rank, halves = size - int(density * size), []  # rank 1 is the smallest
+  for _ in range(2):
+    counts = sum(
+        operators.magnitudes(_read(base, path, period), _read(source, path, period), *halves)
+        for path, period in _places(shapes))
     until = np.cumsum(counts)
-    found = int(np.searchsorted(until, rank))
-    rank -= int(until[found - 1]) if found else 0
-    high, low = (found, None) if high is None else (high, found)
-  threshold = np.array(high << 16 | low, np.uint32).view(np.float32)[()]
+    halves.append(int(np.searchsorted(until, rank)))
+    rank -= int(until[halves[-1] - 1]) if halves[-1] else 0
+  threshold = np.array(halves[0] << 16 | halves[1], np.uint32).view(np.float32)[()]
   return operators.Cut(threshold, size)  # of equals, all
 
 
@@ -408,7 +403,7 @@ def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
   item = np.dtype(huggingface.DTYPES[config.dtype]).itemsize
   _refuse_full(workdir, item * sum(math.prod(shape) for shape in shapes.values()))
   folder, old = workdir / FOLDER, workdir / f".{FOLDER}.old"
-  for stale in workdir.glob(f".{FOLDER}.*"):  # what a killed merge left
+  for stale in workdir.glob(f"*.{FOLDER}.*"):  # what a killed merge left
     shutil.rmtree(stale)
   names = {place: name for name, place in huggingface.tensor_names(cfg).items()}
   with huggingface.staged(workdir / f".{FOLDER}.new") as new:

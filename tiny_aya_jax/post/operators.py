@@ -86,10 +86,28 @@ def cut(base, tensor, density):
     return Cut(np.float32(-1), -1)
   if keep == 0:
     return Cut(np.float32(np.inf), -1)
-  size = np.abs(tensor - base).reshape(-1)
-  threshold = np.partition(size, base.size - keep)[base.size - keep]
-  above = np.count_nonzero(size > threshold)
-  return Cut(threshold, int(np.flatnonzero(size == threshold)[keep - above - 1]))
+  size = np.subtract(tensor, base).reshape(-1)
+  np.abs(size, out=size).partition(base.size - keep)  # in place: it is as large as the tensor
+  largest = size[base.size - keep:]
+  left = keep - np.count_nonzero(largest > largest[0])
+  for start, (part, below) in _parts([tensor, base]):
+    equal = np.flatnonzero(np.abs(part - below) == largest[0])
+    if equal.size >= left:
+      return Cut(largest[0], start + int(equal[left - 1]))
+    left -= equal.size
+
+
+def magnitudes(base, tensor, upper=None):
+  """How many of |tensor - base| have each upper half of their bits; or each lower, beneath `upper`.
+
+  int64 [65536], in the order of the magnitudes.
+  """
+  counts = np.zeros(1 << 16, np.int64)
+  for _, (part, below) in _parts([tensor, base]):
+    bits = np.abs(part - below).view(np.uint32)
+    half = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF
+    counts += np.bincount(half, minlength=1 << 16)
+  return counts
 
 
 def ties(base, tensors, weights, density, scale=1.0, normalize=True, cuts=None, zeros_up=True):
