@@ -289,6 +289,8 @@ def test_a_folder_has_the_texts_of_the_first_folder_and_the_dtype_asked_for(plac
   assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
   sizes = [(place / "model.safetensors").stat().st_size for place in (folder, texts)]
   assert sizes[0] < 0.6 * sizes[1]
+  assert verb(data, tmp_path / "again", (folder, folder)) == 0
+  equal(checkpoint.restore_params(tmp_path / "again")[0], huggingface.read(folder)[0])
 
 
 def test_a_refusal_says_what_differs_and_writes_nothing(places, data, cfg, tmp_path, capsys):
