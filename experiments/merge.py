@@ -36,7 +36,7 @@ def get_config(variant="full"):
   c.t = 0.5  # slerp, nuslerp: 0 is the first checkpoint, 1 the second; ours: the middle
   # ties, dare: the part of a task vector that is kept; Yadav et al. 2023 keep 20%
   c.density = 0.2
-  c.scale = 1.0  # what the merged task vector is multiplied by (lambda of Yadav et al. 2023, section 5)
+  c.scale = 1.0  # lambda, of the merged task vector; ours: as it is, as mergekit
   c.trimming = "tensor"  # or "model": ties' threshold and zero sums as its authors' code has them
   # Divide by the sum of the weights. Absent: ties does (of the models that agree), the others do not
   # (mergekit's defaults), and the weights of linear must sum to one.

@@ -1,4 +1,4 @@
-"""merge on trees and as a verb: checkpoints and folders alike, laws, refusals, reruns, interruptions."""
+"""merge on trees and as a verb: checkpoints and folders alike, laws, refusals, reruns, faults."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_normalize_is_as_the_operator_is_defined_unless_it_is_said(models):
 
 
 def authors(base, models, density):
-  """TIES as published: one flat vector a model, the k-th smallest stays, zero sums take the majority."""
+  """TIES as published: one flat vector a model, zero sums take the sign of the majority."""
   flats = np.stack([model - base for model in models])
   if density < 1:
     rank = flats.shape[1] - int(flats.shape[1] * density)
@@ -130,7 +130,8 @@ def test_coins_differ_between_tensors_periods_models_and_seeds_and_fall_the_same
   ones, zeros = (jax.tree.map(lambda a: np.full_like(a, value), x) for value in (1, 0))
 
   def kept(weights, seed=0):
-    return flat(merge.merge([ones, ones], "dare_linear", base=zeros, weights=weights, density=0.5, seed=seed))
+    return flat(merge.merge(
+        [ones, ones], "dare_linear", base=zeros, weights=weights, density=0.5, seed=seed))
 
   first, again = kept((1, 0)), kept((1, 0))
   stack = next(name for name in first if name.endswith("q_DNH"))
@@ -151,7 +152,7 @@ REFUSED = {
     "a base too many": (dict(operator="slerp", base=True), "slerp reads no base"),
     "weights": (dict(operator="linear", weights=(0.5, 0.3, 0.2)), "3 weights are given for 2 models"),
     "a sum": (dict(operator="linear", weights=(0.5, 0.6)), "sum to 1.1, expected 1"),
-    "no sum": (dict(operator="linear", weights=(1, -1), normalize=True), "sum to 0: nothing"),
+    "no sum": (dict(operator="linear", weights=(1, -1), normalize=True), "sum to 0: they cannot"),
     "no number": (dict(operator="ties", base=True, weights=(float("nan"), 1)), "expected numbers"),
     "t": (dict(operator="slerp", t=1.5), "t is 1.5"),
     "t is none": (dict(operator="slerp", t=float("nan")), "t is nan"),
@@ -222,14 +223,16 @@ def test_checkpoints_folders_and_trees_give_the_same_bits(places, data, tmp_path
                 experiment="merge.py:ties") == 0
     params, _ = checkpoint.restore_params(workdir)
     equal(params, expected)
-  assert verb(data, tmp_path / "folder", (places / "a", places / "b"), f"--config.base={places / 'base'}",
-              *settings, "--config.output=huggingface", experiment="merge.py:ties") == 0
+  base = f"--config.base={places / 'base'}"
+  assert verb(data, tmp_path / "folder", (places / "a", places / "b"), base, *settings,
+              "--config.output=huggingface", experiment="merge.py:ties") == 0
   equal(huggingface.read(tmp_path / "folder/huggingface")[0], expected)
 
 
 def test_a_merge_is_a_checkpoint_with_all_that_later_stages_read(places, data, tmp_path, capsys):
   workdir = tmp_path / "merged"
-  assert verb(data, workdir, (places / "a", places / "b"), "--config.operator=slerp", "--config.t=0.25") == 0
+  assert verb(data, workdir, (places / "a", places / "b"), "--config.t=0.25",
+              experiment="merge.py:slerp") == 0
   meta = saved.meta(workdir)
   assert (meta["step"], meta["T"]) == (0, 32)
   assert meta["tokenizer_sha256"] == tokenizer.load(data / "tokenizer.model").sha256
@@ -284,7 +287,10 @@ def test_a_folder_has_the_texts_of_the_first_folder_and_the_dtype_asked_for(plac
   for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
     assert (folder / name).read_bytes() == (texts / name).read_bytes()
   assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
-  assert (folder / "model.safetensors").stat().st_size < 0.6 * (texts / "model.safetensors").stat().st_size
+  sizes = [(place / "model.safetensors").stat().st_size for place in (folder, texts)]
+  assert sizes[0] < 0.6 * sizes[1]
+  assert verb(data, tmp_path / "again", (folder, folder)) == 0
+  equal(checkpoint.restore_params(tmp_path / "again")[0], huggingface.read(folder)[0])
 
 
 def test_a_refusal_says_what_differs_and_writes_nothing(places, data, cfg, tmp_path, capsys):
@@ -303,7 +309,8 @@ def test_a_refusal_says_what_differs_and_writes_nothing(places, data, cfg, tmp_p
   a, folder = places / "a", places / "a_folder"
   assert "is another model: window 6 (here 5)" in refused((a, tmp_path / "window"))
   assert "was trained with tokenizer 000000000000" in refused((a, tmp_path / "tokens"))
-  assert "was trained with tokenizer 000000000000" in refused((a, tmp_path / "tokens"), "--config.tokenizer=")
+  assert "was trained with tokenizer 000000000000" in refused(
+      (a, tmp_path / "tokens"), "--config.tokenizer=")
   assert "give config.tokenizer" in refused((a, folder), "--config.tokenizer=")
   assert "needs config.tokenizer" in refused(
       (a, places / "b"), "--config.tokenizer=", "--config.output=huggingface")
@@ -318,12 +325,8 @@ def test_a_refusal_says_what_differs_and_writes_nothing(places, data, cfg, tmp_p
   text["added_tokens"][2]["content"] = "<BOS>"
   (changed / "tokenizer.json").write_text(json.dumps(text))
   assert "another tokenizer than" in refused((folder, changed))
-  assert "the checkpoints of another verb" in capture(verb, capsys, data, places / "a", (a, places / "b"))
-
-
-def capture(verb, capsys, *arguments):
-  assert verb(*arguments) == 65
-  return capsys.readouterr().err
+  assert verb(data, places / "a", (a, places / "b")) == 65
+  assert "the checkpoints of another verb" in capsys.readouterr().err
 
 
 def test_one_tokenizer_in_two_files_is_one(places, data, tmp_path):
@@ -337,7 +340,7 @@ def test_one_tokenizer_in_two_files_is_one(places, data, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["checkpoint", "huggingface"])
-@pytest.mark.parametrize("at", [0, 3, 40])
+@pytest.mark.parametrize("at", [0, 40])
 def test_an_interruption_keeps_what_was_there_and_leaves_nothing_else(
     places, data, tmp_path, monkeypatch, output, at):
   checkpoints = (places / "a", places / "b_folder")
@@ -356,8 +359,10 @@ def test_an_interruption_keeps_what_was_there_and_leaves_nothing_else(
     verb(data, tmp_path, checkpoints, *fields, "--config.t=0.2", "--config.overwrite=True")
   monkeypatch.undo()
   equal(result(tmp_path, output), made)
-  assert not (tmp_path / "merge.json").exists()  # it told of what was being replaced
-  assert verb(data, tmp_path, checkpoints, *fields, "--config.t=0.2") == 0
+  assert json.loads((tmp_path / "merge.json").read_text())["t"] == 0.5
+  if output == "huggingface":  # where a killed one wrote
+    (tmp_path / "..huggingface.new.tmp1").mkdir()
+  assert verb(data, tmp_path, checkpoints, *fields, "--config.t=0.2", "--config.overwrite=True") == 0
   assert not [path.name for path in (*tmp_path.iterdir(), *tmp_path.glob("checkpoints/*"))
               if path.name not in ("0", "checkpoints", "huggingface", "merge.json")]
 

@@ -372,9 +372,11 @@ def write_tensors(folder, tensors, cfg, *, dtype="float32", shard_bytes=SHARD_BY
     where |= dict.fromkeys(shard, file)
   for name, value in tensors:
     path, offset = places.pop(name)
+    value = np.ascontiguousarray(value.astype(DTYPES[dtype], copy=False))
     with open(path, "r+b") as file:
       file.seek(offset)
-      file.write(np.ascontiguousarray(value.astype(DTYPES[dtype], copy=False)).reshape(-1).view(np.uint8))
+      file.write(value.reshape(-1).view(np.uint8))
+    del value  # before the next is made
   if places:
     raise ValueError(f"{len(places)} tensors were not given, e.g. {next(iter(places))}")
   if len(shards) > 1:

@@ -2,8 +2,8 @@
 
 The formulas are operators.py's, the unit is the Hugging Face tensor: a layer's matrix, not our stack
 of periods. Tensors are read, merged and written one after the other, in fp32, so that memory is that
-of the largest parameter of each model. A result appears when it is whole, beside merge.json, its
-recipe.
+of the largest parameter of each model. A result appears when it is whole, then merge.json, its
+recipe, which it holds too: a record and a result of two recipes are told apart.
 """
 
 import itertools
@@ -47,12 +47,12 @@ def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, scale=
   recipe = check(operator, len(models), base is not None, dict(
       weights=weights, t=t, density=density, scale=scale, trimming=trimming,
       normalize=normalize, seed=seed))
+  named = {f"model {number}": tree for number, tree in enumerate(models)}
   shapes = _shapes(models[0])
-  for number, tree in enumerate([*models, base] if base is not None else models):
-    if _shapes(tree) != shapes:
-      odd = sorted({"/".join(path) for path, _ in _shapes(tree).items() ^ shapes.items()})
-      raise run.Refused(f"model {number} differs from model 0 in {len(odd)} arrays, e.g. {odd[0]}")
-  sources = [_tree_source(f"model {number}", tree) for number, tree in enumerate(models)]
+  for name, tree in (named | (dict(base=base) if base is not None else {})).items():
+    if odd := sorted({"/".join(path) for path, _ in _shapes(tree).items() ^ shapes.items()}):
+      raise run.Refused(f"{name} differs from model 0 in {len(odd)} arrays, e.g. {odd[0]}")
+  sources = [_tree_source(name, tree) for name, tree in named.items()]
   below = _tree_source("base", base) if base is not None else None
   return _nested(_stacked(shapes, merged_tensors(shapes, sources, below, recipe)))
 
@@ -103,15 +103,16 @@ def _weights(operator, models, recipe):
     raise run.Refused(f"weights are {tuple(weights)}, expected numbers")
   total = math.fsum(weights)
   if operator == "linear" and not recipe["normalize"] and abs(total - 1) > 1e-6:
-    raise run.Refused(f"weights {tuple(weights)} of linear sum to {total:g}, expected 1: change them, or "
-                      "divide by their sum with normalize")
+    raise run.Refused(f"weights {tuple(weights)} of linear sum to {total:g}, expected 1: change them, "
+                      "or divide by their sum with normalize")
   if operator == "linear" and abs(total) < 1e-6:
-    raise run.Refused(f"weights {tuple(weights)} of linear sum to {total:g}: nothing can be divided by it")
+    raise run.Refused(f"weights {tuple(weights)} of linear sum to {total:g}: they cannot be divided by "
+                      "their sum")
   return weights
 
 
 class Source(NamedTuple):
-  """One model: its name in sentences, and (path in our tree, period or None) -> a tensor of torch's shape."""
+  """One model: its name in sentences, and (path in our tree, period or None) -> tensor, torch's shape."""
 
   name: str
   read: Callable
@@ -165,7 +166,7 @@ def _refuse_emptied(shapes, recipe):
 def _whole_model(shapes, sources, base, recipe):
   """What the authors' code takes of the flattened model: each model's threshold, and the majority sign.
 
-  The threshold is the k-th smallest magnitude, k = size - int(density * size), and what equals it stays.
+  The threshold is the k-th smallest magnitude, k = size - int(density * size); what equals it stays.
   """
   cuts = [operators.Cut(np.float32(-1), -1)] * len(sources)
   if recipe["density"] < 1:
@@ -178,22 +179,17 @@ def _whole_model(shapes, sources, base, recipe):
 
 
 def _threshold(shapes, source, base, density):
-  """Exact, in two passes: of magnitudes, larger bits are larger numbers."""
+  """Exact, in two passes, one for each half of the bits of the magnitude."""
   size = sum(math.prod(shape) for shape in shapes.values())
-  rank, high = size - int(density * size), None  # rank 1 is the smallest
-  for shift in (16, 0):
-    counts = np.zeros(1 << 16, np.int64)
-    for path, period in _places(shapes):
-      delta = _read(source, path, period) - _read(base, path, period)
-      bits = np.abs(delta).reshape(-1).view(np.uint32)
-      if high is not None:
-        bits = bits[bits >> 16 == high]
-      counts += np.bincount(bits >> shift & 0xFFFF, minlength=1 << 16)
+  rank, halves = size - int(density * size), []  # rank 1 is the smallest
+  for _ in range(2):
+    counts = sum(
+        operators.magnitudes(_read(base, path, period), _read(source, path, period), *halves)
+        for path, period in _places(shapes))
     until = np.cumsum(counts)
-    found = int(np.searchsorted(until, rank))
-    rank -= int(until[found - 1]) if found else 0
-    high, low = (found, None) if high is None else (high, found)
-  threshold = np.array(high << 16 | low, np.uint32).view(np.float32)[()]
+    halves.append(int(np.searchsorted(until, rank)))
+    rank -= int(until[halves[-1] - 1]) if halves[-1] else 0
+  threshold = np.array(halves[0] << 16 | halves[1], np.uint32).view(np.float32)[()]
   return operators.Cut(threshold, size)  # of equals, all
 
 
@@ -225,7 +221,8 @@ def _shapes(tree, path=()):
   """{path: shape} of every leaf, in the order of the tree."""
   if not isinstance(tree, dict):
     return {path: tuple(np.shape(tree))}
-  return {key: shape for name in sorted(tree) for key, shape in _shapes(tree[name], (*path, name)).items()}
+  return {key: shape for name in sorted(tree)
+          for key, shape in _shapes(tree[name], (*path, name)).items()}
 
 
 def _tree_source(name, tree):
@@ -271,8 +268,8 @@ class Input(NamedTuple):
 def main(config, workdir):
   """Writes workdir/checkpoints/0 or workdir/huggingface, and workdir/merge.json."""
   began = time.monotonic()
-  settings = {name: config[name] for name in ("weights", "t", "density", "trimming", "normalize", "seed")}
-  settings["scale"] = config.scale
+  names = ("weights", "t", "density", "trimming", "scale", "normalize", "seed")
+  settings = {name: config[name] for name in names}
   work = search.check(config, READS) if config.search.candidates else None
   recipes = {one: _candidate(config, settings, *one) for one in work["candidates"]} if work else {}
   recipe = None if work else check(config.operator, len(config.checkpoints), bool(config.base), settings)
@@ -352,8 +349,8 @@ def _tree(one):
 
 
 def _sentence(recipe):
-  return ", ".join([recipe["operator"], *(f"{name} {value}" for name, value in recipe.items()
-                                         if name != "operator")])
+  reads = (f"{name} {value}" for name, value in recipe.items() if name != "operator")
+  return ", ".join([recipe["operator"], *reads])
 
 
 def _input(field, place):
@@ -394,8 +391,9 @@ def _tokenizer(config, inputs):
           f"{one.path} was trained with tokenizer {one.tokenizer[:12]}, {place} is {sha256[:12]}")
   if trained and folders and not given and trained[0].tokenizer != folders[0].tokenizer:
     raise run.Refused(
-        f"{trained[0].path} was trained with tokenizer {trained[0].tokenizer[:12]}, {folders[0].path} has "
-        f"{folders[0].tokenizer[:12]}: if they are one, give config.tokenizer, what it was trained with")
+        f"{trained[0].path} was trained with tokenizer {trained[0].tokenizer[:12]}, {folders[0].path} "
+        f"has {folders[0].tokenizer[:12]}: if they are one, give config.tokenizer, what the checkpoint "
+        "was trained with")
   for one in folders:
     if one.tokenizer != (given.sha256 if given else folders[0].tokenizer):
       mine = tokenizers.load(one.path / "tokenizer.json")
@@ -440,7 +438,6 @@ def _write_checkpoint(workdir, config, inputs, base, recipe, facts, texts):
   _refuse_full(workdir, 4 * sum(math.prod(shape) for shape in shapes.values()))
   meta = dict(model=inputs[0].model, T=min(one.T for one in inputs),
               tokenizer_sha256=facts["tokenizer_sha256"], merge=facts)
-  (workdir / "merge.json").unlink(missing_ok=True)
   checkpoint.write_params(workdir, 0, _stacked(shapes, tensors), meta)
   shutil.rmtree(workdir / FOLDER, ignore_errors=True)  # of an earlier recipe
   return saved.path(workdir, 0)
@@ -455,14 +452,13 @@ def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
   shapes, tensors = _opened(inputs, base, recipe)
   item = np.dtype(huggingface.DTYPES[config.dtype]).itemsize
   _refuse_full(workdir, item * sum(math.prod(shape) for shape in shapes.values()))
-  (workdir / "merge.json").unlink(missing_ok=True)
   folder, old = workdir / FOLDER, workdir / f".{FOLDER}.old"
-  for stale in workdir.glob(f".{FOLDER}.*"):  # what a killed merge left
+  for stale in workdir.glob(f"*.{FOLDER}.*"):  # what a killed merge left
     shutil.rmtree(stale)
   names = {place: name for name, place in huggingface.tensor_names(cfg).items()}
   with huggingface.staged(workdir / f".{FOLDER}.new") as new:
-    huggingface.write_tensors(
-        new, ((names[path, period], tensor) for path, period, tensor in tensors), cfg, dtype=config.dtype)
+    named = ((names[path, period], tensor) for path, period, tensor in tensors)
+    huggingface.write_tensors(new, named, cfg, dtype=config.dtype)
     _write_texts(new, cfg, texts, config.dtype)
     run.write_json(new / "merge.json", facts | dict(bytes=_sizes(new)))
   if folder.exists():
@@ -523,7 +519,8 @@ def _checkpoint_source(one, shapes):
   held, read_leaf = checkpoint.leaves(one.path)
   expected = {"/".join(path): shape for path, shape in shapes.items()}
   if odd := sorted({name for name, _ in held.items() ^ expected.items()}):
-    raise saved.Damaged(f"{one.path}: params differs from its model in {len(odd)} arrays, e.g. {odd[0]}")
+    raise saved.Damaged(
+        f"{one.path}: params differs from its model in {len(odd)} arrays, e.g. {odd[0]}")
   kept = {}
 
   def read(path, period):
