@@ -24,6 +24,7 @@ def get_config(variant="full"):
   c.checkpoints = ()  # workdirs (their newest step), checkpoint folders or Hugging Face folders
   c.baseline = config_dict.placeholder(str)  # the column that others are compared with
   c.rows = config_dict.placeholder(str)  # packed validation rows
+  c.divergence_from = config_dict.placeholder(str)  # a checkpoint: each other's KL to it, on rows
   c.tokenizer = config_dict.placeholder(str)  # of our checkpoints
   c.tasks = ConfigDict({name: config_dict.placeholder(str) for name in TASKS})
   c.languages = ("all",)  # of tasks

@@ -5,7 +5,7 @@
   tiny-aya pack --config=experiments/pack.py:small --workdir=runs/data --config.text=TEXT \\
       --config.tokenizer=runs/vocab/tokenizer.model
   tiny-aya pack --config=experiments/pack.py:tiny --workdir=runs/tiny \\
-      --config.tokenizer=runs/tiny/tokenizer.model       (also :tiny_instruct, _validation, _sft)
+      --config.tokenizer=runs/tiny/tokenizer.model       (also :tiny_instruct, _validation, _sft, _pairs)
 
 Expected: WORKDIR/<stage>/<code>/<source>/{manifest.json, rows-*.array_record} and a table of
 documents, tokens, rows, bytes per token, fill (100% but for a source's last row with 'split') and
@@ -18,7 +18,8 @@ from ml_collections import config_dict
 
 from tiny_aya_jax import run
 
-VARIANTS = ("full", "small", "tiny", "tiny_instruct", "tiny_validation", "tiny_sft")
+VARIANTS = ("full", "small", "tiny", "tiny_instruct", "tiny_validation", "tiny_sft", "tiny_sft_held_out",
+            "tiny_pairs", "tiny_pairs_held_out")
 
 
 def get_config(variant="full"):
@@ -30,6 +31,8 @@ def get_config(variant="full"):
   c.languages = ("all",)  # codes, names, regions; 'code' is a language here
   c.T = 8192  # the model's context (tiny_aya.md 1.1)
   c.packing = "split"  # best_fit: documents whole; needed for conversations
+  c.part, c.held_out = "all", 0.0  # or "train" and "held_out", and the share that is held out
+  c.pairs = 0  # most preference pairs a row; 0: the text is documents or conversations
   c.rows_per_shard = 16384  # 57,351 bytes a row at T 8192: 0.9 GB raw, one open file per shard
   c.licence = config_dict.placeholder(str)  # into the manifest; not set: what clean noted of the text
   c.processes = 0  # sources packed at once; 0: one after the other, in this process
@@ -45,6 +48,13 @@ def get_config(variant="full"):
     c.text, c.stage = "embedded/validation", "validation"
   if variant == "tiny_instruct":  # beside the text, as the source 'instruct': the cooldown's
     c.text, c.packing = "embedded/instruct", "best_fit"
-  if variant == "tiny_sft":
-    c.text, c.stage, c.packing = "embedded/instruct", "sft", "best_fit"
+  if variant.startswith("tiny_sft"):
+    c.text, c.packing, c.held_out = "embedded/instruct", "best_fit", 0.1
+  if variant.startswith("tiny_pairs"):  # of facts that are held out
+    c.text = "embedded/preference" + ("_validation" if variant.endswith("held_out") else "")
+    c.packing, c.pairs = "best_fit", 16
+  if variant.startswith(("tiny_sft", "tiny_pairs")):
+    c.stage = variant.removeprefix("tiny_")
+  if c.held_out:
+    c.part = "held_out" if variant.endswith("held_out") else "train"
   return c

@@ -52,7 +52,12 @@ def get_config(variant="full"):
       alpha=32.0,  # products count alpha / rank times
       matrices=("q", "k", "v", "o", "gate", "up", "down"),
   ))
-  c.loss = ConfigDict(dict(z_loss=0.0, chunk=256))  # SmolLM3: z-loss off
+  c.loss = ConfigDict(dict(
+      kind="next_token",  # or dpo, ipo: of scored pairs (preference.py, model/preference.py)
+      z_loss=0.0, chunk=256,  # SmolLM3: z-loss off
+      beta=0.1, length_normalised=False,  # dpo and ipo
+      pairs=0,  # a row, as packed
+  ))
   # AdamW and clipping of SmolLM3, same shape (tiny_aya.md 5.4); Tiny Aya's are unpublished.
   c.optimizer = ConfigDict(dict(clip=1.0, adamw=dict(
       b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
@@ -63,6 +68,8 @@ def get_config(variant="full"):
       decay_steps=0,  # the cooldown is its own experiment (cooldown.py)
   ))
   c.steps = 2_861_023  # 6T tokens (report 2.2) at 2.1M a step
+  # Instead of steps: so many times the rows that the mixture draws from.
+  c.epochs = config_dict.placeholder(float)
   c.accumulate = 1
   c.log_every = 10
   c.evaluate_every = 5000
@@ -118,6 +125,7 @@ def mixture():
       # "(('instruct', 0.15),)": a source's share of every language that has it; 0: not drawn
       within=(("instruct", 0.0),),
       unit="tokens",  # or bytes: what shares, sizes and budget count
+      absent="refuse",  # a language that is named and has no rows; or leave_out
   ))
 
 

@@ -10,6 +10,7 @@ from tiny_aya_jax import axes, languages
 from tiny_aya_jax.data import loader, mixture, tokenizer
 from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import decode, losses, transformer
+from tiny_aya_jax.post import merge
 from tiny_aya_jax.train import checkpoint
 
 FROZEN = {
@@ -34,6 +35,7 @@ FROZEN = {
     checkpoint.verify: "path",
     huggingface.write: "folder params cfg tokenizer *dtype *shard_bytes",
     huggingface.read: "folder",
+    merge.merge: "models operator *base *weights *t *density *scale *trimming *normalize *seed",
     languages.find: "name",
 }
 

@@ -292,6 +292,13 @@ def test_an_answer_without_text_fails_costs_and_is_not_kept(endpoint, connect, t
   assert texts(connect(server).answers([ask("a")])) == ["to a"]
 
 
+def test_an_answer_that_ends_for_want_of_tokens_is_known_as_cut(endpoint, connect):
+  server = endpoint(script(completion("a", reason="length")))
+  for _ in range(2):  # the second time from the cache
+    found = connect(server, concurrency=1).answers([ask("a"), ask("b")])
+    assert [answer.cut for answer in found] == [True, False]
+
+
 def test_concurrency_is_reached_and_never_exceeded(endpoint, connect):
   server = endpoint(lambda number, body: echo(number, body) | {"seconds": 0.05})
   connect(server, concurrency=5).answers([ask(str(n)) for n in range(30)])

@@ -11,6 +11,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -44,7 +45,8 @@ def test_experiments_are_what_they_were(path, variant):
 
 def three_steps(cfg, **settings):
   model = TinyAya(cfg, **settings)
-  loss = functools.partial(step.next_token_loss, model=model, chunk=8, z_loss=1e-4)
+  loss = functools.partial(step.next_token_loss, model=model,
+                           config=ml_collections.ConfigDict(dict(chunk=8, z_loss=1e-4)))
   params = random_params(cfg, seed=5)
   tx = optax.adamw(1e-2, mask=optimizer.decay_mask)
   state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params), guard=guard.fresh(128))

@@ -119,6 +119,28 @@ def test_a_licence_that_clean_noted_reaches_the_manifest(config, tmp_path):
     pack.main(config, tmp_path / "rows")
 
 
+def test_a_question_is_held_out_in_every_source_or_in_none(config, tmp_path):
+  def answered(part, share):
+    config.part, config.held_out, config.stage = part, share, part
+    assert pack.main(config, tmp_path / "rows") == 0
+    return [tuple(token.tolist()) for manifest in pack.read_manifests(tmp_path / "rows" / part)
+            for token, _ in segments_of(manifest)]
+
+  questions = [f"wie heißt {number}?" for number in range(60)]
+  (tmp_path / "text").mkdir()
+  for code in ("deu_Latn", "fra_Latn"):
+    (tmp_path / "text" / f"{code}.jsonl").write_text("".join(json.dumps(dict(messages=[
+        dict(role="user", content=question), dict(role="assistant", content="ja")])) + "\n"
+        for question in questions))
+  config.text, config.packing, config.T = str(tmp_path / "text"), "best_fit", 128
+  whole, train, held_out = answered("all", 0.0), answered("train", 0.25), answered("held_out", 0.25)
+  assert sorted(train + held_out) == sorted(whole) and 4 < len(held_out) / 2 < 30
+  assert set(collections.Counter(held_out).values()) == {2}  # in both languages, or in none
+  for part, share in (("all", 0.1), ("train", 0.0), ("held_out", 1.0)):
+    with pytest.raises(run.Refused, match="the share that is held out"):
+      answered(part, share)
+
+
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_the_rows_hold_exactly_the_tokens_of_the_documents(config, tmp_path, packing):
   config.packing = packing

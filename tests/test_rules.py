@@ -1,6 +1,5 @@
 """Shares by rule: each kind against its formula, each modifier by its promise, each refusal."""
 
-import csv
 import math
 import pathlib
 
@@ -169,31 +168,43 @@ def test_a_language_named_by_itself_has_its_own_factor():
   assert share["fra_Latn/a"] == pytest.approx(60 / 80)
 
 
-@pytest.mark.parametrize("column, regions", [
-    ("south_asia", ("South Asia",)),
-    ("europe_wa_ap", ("Europe", "West Asia", "Asia Pacific")),
-    ("europe_wa_af", ("Europe", "West Asia", "Africa")),
-])
-def test_the_reports_regional_mixes_are_its_global_pool_under_keep(column, regions):
-  # What remains of the other regions is a factor of at most 0.04 (0 for Africa).
-  lines = (ROOT / "tests" / "appendix_a.csv").read_text(encoding="utf-8").splitlines()[1:]
-  rows = {languages.expand(row["language"])[0]: row for row in csv.DictReader(lines)}
-  pool = {code: float(row["all_regions"]) for code, row in rows.items()}
-  printed = {code: float(row[column]) for code, row in rows.items()}
-  scale = printed["eng_Latn"] / pool["eng_Latn"]
-  keep = [("English", 1.0), ("Urdu", 1.0), ("code", 1.0)]  # Urdu is kept in every mix
-  for region in languages.REGIONS:
-    codes = (set(languages.expand(region)) & pool.keys()) - {"eng_Latn", "urd_Arab"}
-    remains = sum(printed[code] for code in codes) / sum(pool[code] for code in codes) / scale
-    keep.append((region, 1.0 if region in regions else remains))
-    assert region in regions or remains < 0.04
-  share = mixture.weights(pool, NATURAL | dict(languages=("all", "code"), keep=tuple(keep)))
-  total = sum(printed.values())  # 98.8 to 99.6 as printed
-  compared = [code for code in share if code in ("eng_Latn", "urd_Arab", "code")
+@pytest.mark.parametrize("name", ["global", "earth", "fire", "water"])
+def test_one_pool_under_a_mask_is_each_mix_of_the_report(name, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+  import sft
+  column, regions = sft.CLUSTERS.get(name, ("all_regions", ("Europe", "West Asia", "South Asia",
+                                                            "Asia Pacific", "Africa")))
+  printed = {languages.expand(language)[0]: row[column] for language, row in sft.appendix_a().items()}
+  sizes = {code: 7 for code in (*(x.code for x in languages.LANGUAGES), "code")}
+  rule = run.load_config(f"{ROOT / 'experiments/sft.py'}:{name}").data.mixture.to_dict()
+  share = mixture.weights(sizes, rule)
+  chinese = share.pop("cmn_Hant") + share.pop("cmn_Hans")  # one row there
+  share["cmn_Hans"] = chinese
+  assert "yue_Hani" not in share and "pcm_Latn" not in share  # no row
+  total = sum(printed.values())  # 98.8 to 99.8 as printed
+  scale = printed["eng_Latn"] / 13.8
+  compared = [code for code in printed if code in ("eng_Latn", "urd_Arab", "code")
               or languages.find(code).region in regions]
   assert len(compared) >= 11
   for code in compared:  # both columns are rounded to 0.05
     assert 100 * share[code] == pytest.approx(100 * printed[code] / total, abs=0.05 + 0.05 * scale)
+  for region in languages.REGIONS:  # and what is left of the others
+    codes = [code for code in printed if code not in ("eng_Latn", "code")
+             and languages.find(code).region == region]
+    assert 100 * sum(share.get(code, 0) for code in codes) == pytest.approx(
+        100 * sum(printed[code] for code in codes) / total, abs=0.6)
+
+
+def test_a_named_language_without_rows_is_refused_or_left_out():
+  rule = dict(kind="explicit", weights=(("French", 0.5), ("German", 0.3), ("Wolof", 0.2)))
+  with pytest.raises(run.Refused, match="no source of 'Wolof'"):
+    mixture.weights(dict(fra_Latn=5, deu_Latn=5), rule)
+  share = mixture.weights(dict(fra_Latn=5, deu_Latn=5), rule | dict(absent="leave_out"))
+  assert share == pytest.approx(dict(fra_Latn=0.625, deu_Latn=0.375))
+  with pytest.raises(run.Refused, match="names no language that has sources: there are sources of tur_Latn"):
+    mixture.weights(dict(tur_Latn=5), rule | dict(absent="leave_out"))
+  with pytest.raises(run.Refused, match="unknown mixture absent 'leave': did you mean 'leave_out'"):
+    mixture.weights(dict(fra_Latn=5), rule | dict(absent="leave"))
 
 
 def test_within_gives_a_source_its_share_of_every_language_that_has_it():
@@ -334,7 +345,7 @@ def test_every_line_of_the_table_of_readers_is_read():
   base["buckets"] = ALL | EVERY[4] | dict(by="family", alpha=None)
   for kind, fields in rules.READS.items():
     for field in (*fields, *rules.EVERY_KIND):
-      if field != "unit":  # of plans
+      if field not in ("unit", "absent"):  # of plans; of languages without sources, a test above
         change = {field: changes[field]}
         if field == "reading":
           change["bucket_temperature"] = None

@@ -111,8 +111,10 @@ def test_a_run_that_cannot_work_is_refused_at_the_door(capsys, tmp_path, field, 
     ("evaluate", ("evaluate.py", "--config.rows=r", "--config.tokenizer=t",
                   "--config.checkpoints=('nowhere',)")),
     ("export", ("export.py", "--config.checkpoint=nowhere")),
+    ("synthesize", ("synthesize.py:fuse", "--config.text=.")),
     ("talk", ("talk.py", "--config.dtype=flaot32", "--config.checkpoint=.")),
     ("talk", ("talk.py", "--config.checkpoint=.", "--config.temperature=nan")),
+    ("talk", ("talk.py", "--config.checkpoint=.", "--config.port=70000")),
     ("verify", ("verify.py", "--config.checkpoint=.")),
     ("plan", ("pretrain.py", "--config.topology=v5x:4x4")),
     ("plan", ("pretrain.py", "--config.topology=v5e:4x4,v5e")),
@@ -136,7 +138,7 @@ def test_the_door_does_not_import_jax(tmp_path, verb, fields):
 def variants(path):
   """Every (file, variant) of an experiment, read from the refusal of an unknown one."""
   try:
-    run.load_config(f"{path}:no_such_variant")
+    run.load_config(f"{path}:?")
   except run.Refused as refusal:
     return str(refusal).rpartition("expected one of ")[2].split(", ")
   raise AssertionError(f"{path} accepts any variant")

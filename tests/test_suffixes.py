@@ -15,7 +15,7 @@ import pytest
 
 from conftest import backends
 from tiny_aya_jax import model
-from tiny_aya_jax.model import attention, attention_splash, decode, losses, transformer
+from tiny_aya_jax.model import attention, attention_splash, decode, divergence, losses, transformer
 from tiny_aya_jax.model.transformer import TinyAya
 
 MODEL = str(pathlib.Path(model.__file__).parent)
@@ -84,6 +84,17 @@ def test_no_suffix_lies_in_forward_loss_and_backward(cfg, params, batch, backend
   assert not lies
   expected = {"x_BTD", "q_BTNH", "score_BKGTS", "gate_BTF", "logits_BTV", "d_head_VD"}
   assert expected - ({"score_BKGTS"} if backend == "splash" else set()) <= seen
+
+
+def test_no_suffix_lies_in_divergence(cfg, params, batch):
+  def compare(params, batch):
+    hidden, _ = divergence.states(TinyAya(cfg), (params, params), batch)
+    return divergence.predictions([cfg, cfg], (params, params), hidden, chunk=7)
+
+  with checked(MODEL) as (lies, seen):
+    jax.make_jaxpr(compare)(params, batch)
+  assert not lies
+  assert {"x_BTD", "head_VD", "a_BTV", "p_b_BTV", "log_BTV"} <= seen
 
 
 def test_no_suffix_lies_in_decoding(cfg, params):

@@ -124,3 +124,13 @@ def test_refusals_count_the_prompts_of_their_kind():
   assert found["over-refusal"].values == dict(eng_Latn=1 / 3) and found["over-refusal"].counts == dict(eng_Latn=3)
   assert found["under-refusal"].values == dict(eng_Latn=1.0) and found["under-refusal"].counts == dict(eng_Latn=1)
   assert "no judge" in found["over-refusal"].note
+
+
+def test_the_embedded_translations_are_of_held_out_facts_asked_as_the_corpus_asks():
+  found = tasks.read("translation", "embedded", ("deu_Latn", "wol_Latn", "eng_Latn"), 5, "letters")
+  assert {code: len(items) for code, items in found.items()} == dict(deu_Latn=5, wol_Latn=5)
+  for item in found["deu_Latn"]:
+    assert TABLE["translation"].request(item, "deu_Latn") == f"German: {item['source']}"
+  trained = {turn["content"] for talk in toy.documents("deu_Latn", "instruct") for turn in talk}
+  held = [item for item in toy.parallel("deu_Latn") if f"German: {item['source']}" not in trained]
+  assert len(held) >= 18  # lists of days and months cannot be held out

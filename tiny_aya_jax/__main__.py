@@ -14,6 +14,9 @@ VERBS = dict(
     vocab=("tiny_aya_jax.data.vocab", "weighted text -> SentencePiece model, tokenizer.json, fairness report"),
     pack=("tiny_aya_jax.data.pack", "documents or conversations -> rows of T+1 tokens, manifest"),
     train=("tiny_aya_jax.train.door", "rows -> checkpoints: pretraining, cooldown and SFT alike"),
+    score=("tiny_aya_jax.train.score", "packed pairs -> with a reference's log-probabilities"),
+    merge=("tiny_aya_jax.post.merge", "checkpoints and Hugging Face folders -> one model: linear, slerp, TIES"),
+    synthesize=("tiny_aya_jax.post.synthesize", "other models -> translated prompts, fused answers, pairs"),
     evaluate=("tiny_aya_jax.evaluate.evaluate", "checkpoints -> bits per byte and tasks per language, a page"),
     export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
     talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),
@@ -51,7 +54,7 @@ def main(argv=None):
   """Runs one verb; returns its exit code (run.EXIT)."""
   argv = sys.argv[1:] if argv is None else argv
   if not argv or argv[0] == "help" or {"--help", "-h"} & set(argv):
-    print(__doc__ + "\n\n" + "\n".join(f"  {verb:9} {what}" for verb, (_, what) in VERBS.items()))
+    print(__doc__ + "\n\n" + "\n".join(f"  {verb:10} {what}" for verb, (_, what) in VERBS.items()))
     print("\nFILE is one of experiments/*.py: its head says how it is called, its fields what can be changed.")
     return 0
   try:

@@ -3,7 +3,7 @@
   B batch   T query position   S key position   D model width   F feed-forward width   V vocabulary
   N query heads   K key/value heads   G = N/K queries per key head   H head width   L stacked periods
   M microbatch   C chosen/rejected   R adapter rank   W steps that the guard remembers
-  P devices (processors)   E positions of a row that are scored
+  P devices (processors)   E positions of a row that are scored   J pairs of a row
 
 A parameter's name carries its letters (`q_DNH` is [D, N, H]), so its sharding, and that of its
 optimiser moments, is read off the name. There is no other table of shardings. What moves between devices inside

@@ -213,7 +213,7 @@ def _plain(config, params):
         {"params": params}, *(batch[name] for name in ("token_BT", "segment_BT", "position_BT")))
     target_BT, weight_BT = batch["target_BT"], batch["weight_BT"]
     sum = materialised(hidden_BTD, params["embedding_VD"], target_BT, logit_scale=scale)
-    return sum, weight_BT.sum(), dict(nats_BT=jnp.zeros_like(weight_BT))
+    return sum, weight_BT.sum(), {}
 
   tx = optimizer.adamw(fields.optimizer, _rate(config))
   advance = jax.jit(functools.partial(
@@ -266,7 +266,7 @@ def _train_config(config, **changes):
   """The fields of a train config that step.py reads, from those of a bench config."""
   adamw = config.optimizer.to_dict()
   own = dict(
-      loss=dict(chunk=config.loss_chunk, z_loss=0.0), accumulate=1,
+      loss=dict(kind="next_token", chunk=config.loss_chunk, z_loss=0.0, pairs=0), accumulate=1,
       guard=dict(window=128, sigma=6.0), adapter=dict(rank=None),
       optimizer=dict(clip=adamw.pop("clip"),
                      adamw={n: v for n, v in adamw.items() if n != "learning_rate"}),

@@ -45,6 +45,7 @@ class Answer(NamedTuple):
   cached: bool  # cost nothing now: from the cache, or equal to an earlier request of the call
   prompt_tokens: int
   completion_tokens: int
+  cut: bool = False  # the text ends where max_tokens did
 
 
 class Client:
@@ -155,7 +156,7 @@ class Client:
       threading.Thread(target=self._work, args=(waiting, done, stop), daemon=True).start()
     answers = {}
     try:
-      finished = (_next(done) for _ in requests)
+      finished = (next_of(done) for _ in requests)
       for key, answer in run.progress(finished, f"asking {self.model}", total=len(requests)):
         if isinstance(answer, BaseException):
           raise answer
@@ -256,8 +257,8 @@ class Client:
       self.counts.update(counts)
 
 
-def _next(done):
-  """Waits in short steps: a signal that arrives just before a wait is seen only after it."""
+def next_of(done):
+  """The next of a queue, in short waits: a signal just before a wait is seen only after it."""
   while True:
     try:
       return done.get(timeout=0.25)
@@ -436,7 +437,7 @@ def _answer(row, cached):
   empty = not row["text"].strip()
   why = f"an answer without text (finish_reason {row['finish_reason']!r})" if empty else None
   return Answer(None if empty else row["text"], why, cached, row["prompt_tokens"],
-                row["completion_tokens"])
+                row["completion_tokens"], cut=row["finish_reason"] == "length")
 
 
 def _value(answer, read):

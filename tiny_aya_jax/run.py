@@ -309,8 +309,11 @@ def say(*words):
 
 
 def progress(items, what, total=None):
-  """Yields `items`, with a bar on a terminal and a plain line every ten seconds elsewhere."""
-  if sys.stdout.isatty():
+  """Yields `items`, with a bar on a terminal and a plain line every ten seconds elsewhere.
+
+  A terminal shows one bar at a time: threads beside the main one say lines.
+  """
+  if sys.stdout.isatty() and threading.current_thread() is threading.main_thread():
     from rich.progress import track
 
     yield from track(items, description=what, total=total, transient=True)

@@ -1,10 +1,12 @@
-"""VERB talk: chat with a checkpoint in the terminal; with config.prompt, answer once and exit."""
+"""VERB talk: chat with a checkpoint in the terminal; with config.prompt, answer once and exit; with
+config.port, answer over HTTP (serve.py)."""
 
 import math
+import pathlib
 
 import ml_collections
 
-from tiny_aya_jax import run
+from tiny_aya_jax import run, serve
 from tiny_aya_jax.data import chat, tokenizer as tokenizers
 from tiny_aya_jax.train import saved
 
@@ -24,6 +26,10 @@ def main(config, workdir):
     raise run.Refused(f"config.top_p is {config.top_p}, expected more than 0 and at most 1")
   if config.prompt == "":
     raise run.Refused("config.prompt is empty: leave it unset to chat")
+  if config.port is not None and (config.prompt or not 0 <= config.port < 1 << 16):
+    raise run.Refused(f"config.port is {config.port}, expected 0 to 65535 and no config.prompt beside it")
+  if config.T is not None and config.T <= config.tokens:
+    raise run.Refused(f"config.T is {config.T}, expected more than the {config.tokens} tokens of an answer")
   tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
   path = saved.find(config.checkpoint)
   meta = saved.meta(path)
@@ -34,6 +40,13 @@ def main(config, workdir):
 
   params, _ = checkpoint.restore_params(path)
   cfg = ml_collections.ConfigDict(meta["model"])
+  if config.port is not None:
+    name = pathlib.Path(config.checkpoint).resolve().name
+    T = config.T or meta["T"]
+    if config.tokens >= T:
+      raise run.Refused(f"config.tokens is {config.tokens} and the model reads {T}: set config.tokens, or T")
+    serve.serve(serve.Model(name, params, cfg, tokenizer, config, T), config.host, config.port)
+    return
   if config.prompt:
     print(answer(params, cfg, tokenizer, [dict(role="user", content=config.prompt)], config))
     return

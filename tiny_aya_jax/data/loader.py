@@ -8,7 +8,9 @@ ahead. Knows rows and manifests; not tokenizers, languages or jax.
 
 A row is one ArrayRecord record: its manifest's `fields` one after the other, little-endian, each
 of T+1 elements: token, segment (0 is padding, 1.. the row's documents), weight (of that token as a
-target: 0 on a segment's first token and on prompts).
+target: 0 on a segment's first token and on prompts). Rows of pairs also have: pair (1.. the row's
+pairs, 0 for none), side (1 chosen, 2 rejected), and once `score` was there reference [pairs, 2],
+the log-probabilities of both sides, `pairs` being the manifest's: the most that a row holds.
 """
 
 import functools
@@ -28,7 +30,9 @@ from tiny_aya_jax.data import mixture
 
 VERSION = 1  # of the manifest
 FIELDS = [["token", "uint32"], ["segment", "uint16"], ["weight", "uint8"]]
-ROW_BYTES = 4 + 2 + 1  # a position
+PAIRS = [*FIELDS, ["pair", "uint16"], ["side", "uint8"]]
+SCORED = [*PAIRS, ["reference", "float32"]]
+ROW_BYTES = 4 + 2 + 1  # a position of FIELDS
 CHUNK = 4096  # rows located at once: 3 ms of floor sums (70 sources) for all of them
 HIDDEN = ".{}.tmp"  # beside a source's folder while it is not whole: pack writes into it
 OTHER_FILES = 256  # descriptors for everything but shards: logs, checkpoints, sockets
@@ -36,7 +40,8 @@ OTHER_FILES = 256  # descriptors for everything but shards: logs, checkpoints, s
 
 class Loader:
   """loader[step] -> {"token_BT", "target_BT", "segment_BT", "position_BT" int32, "weight_BT"
-  float32, "source_B" int32 (index into plan["sources"])}.
+  float32, "source_B" int32 (index into plan["sources"])}; of pairs also "pair_BT", "side_BT" of the
+  targets, and once scored "reference_BJC" float32.
 
   Rows step*batch .. step*batch + batch-1 of the plan; process (i, n) has rows i*batch/n .. of them.
   Raises Refused for rows that are not the plan's, and for shards that cannot be read.
@@ -47,6 +52,7 @@ class Loader:
     self.rows = _slice(batch, process)
     manifests = planned(plan)
     _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
+    self._layout = layout(manifests)
     self._opened = {manifest["name"]: (in_order(manifest), manifest) for manifest in manifests}
     self._rows = np.array([source["rows"] for source in plan["sources"]], np.int64)
     self._keys = np.array([_key(seed, source["name"]) for source in plan["sources"]], np.uint64)
@@ -58,7 +64,7 @@ class Loader:
     records = [
         _read(*self._source(source), row) for source, row in zip(source_B.tolist(), row_B.tolist())
     ]
-    return decoded(records, source_B, self.plan["T"])
+    return decoded(records, source_B, *self._layout)
 
   def ids(self, step):
     """["deu_Latn/cldr:17", ...]: which rows of which sources make up the global batch of a step."""
@@ -108,9 +114,7 @@ def every_row_once(manifests, batch, process=(0, 1)):
   source_B is the index into `manifests`. The last batch is filled up with rows of segment 0 and
   weight 0 whose source_B is -1. Process (i, n) has its slice of each batch, as in Loader.
   """
-  T = _one(manifests, "T")
-  for manifest in manifests:
-    check_fields(manifest)
+  T, fields, pairs = layout(manifests)
   _raise_open_files(sum(len(manifest["shards"]) for manifest in manifests))
   here, sources = _slice(batch, process), [in_order(manifest) for manifest in manifests]
   starts = np.cumsum([0, *(manifest["rows"] for manifest in manifests)])
@@ -119,12 +123,20 @@ def every_row_once(manifests, batch, process=(0, 1)):
     source_B = np.searchsorted(starts, row_B, "right") - 1
     source_B[row_B >= starts[-1]] = -1
     records = [
-        bytes(ROW_BYTES * (T + 1))
+        bytes(_row_bytes(T, fields, pairs))
         if source < 0
         else _read(sources[source], manifests[source], row - starts[source])
         for source, row in zip(source_B.tolist(), row_B.tolist())
     ]
-    yield decoded(records, source_B, T)
+    yield decoded(records, source_B, T, fields, pairs)
+
+
+def layout(manifests):
+  """(T, fields, pairs a row) that all manifests share; refuses fields that nobody here reads."""
+  for manifest in manifests:
+    check_fields(manifest)
+  same = {field: _one(manifests, field) for field in ("T", "fields")}
+  return *same.values(), _one(manifests, "pairs") if same["fields"] != FIELDS else 0
 
 
 def _slice(batch, process):
@@ -154,7 +166,6 @@ def planned(plan):
 
 def _planned(source, plan):
   manifest = read_manifest(local(source["path"], "the plan's rows"))
-  check_fields(manifest)
   for field in ("T", "tokenizer_sha256"):
     if manifest[field] != plan[field]:
       raise run.Refused(
@@ -169,13 +180,16 @@ def _planned(source, plan):
   return manifest
 
 
-def check_fields(manifest):
-  """Refuses rows with other fields than this loader reads."""
-  if manifest["fields"] != FIELDS:
-    raise run.Refused(
-        f"{manifest['path']} has rows of the fields {manifest['fields']}, this loader reads "
-        f"{FIELDS}: pack it again"
-    )
+def check_fields(manifest, kinds=(FIELDS, PAIRS, SCORED)):
+  """Refuses rows with other fields than those of `kinds`."""
+  if manifest["fields"] in kinds and (manifest["fields"] == FIELDS or manifest.get("pairs", 0) > 0):
+    return
+  said = f"{manifest['path']} has rows of the fields {', '.join(name for name, _ in manifest['fields'])}"
+  if SCORED in kinds[:1] and manifest["fields"] == PAIRS:
+    raise run.Refused(f"{said}: the verb score adds the reference first")
+  expected = " or ".join(", ".join(name for name, _ in kind) for kind in kinds)
+  raise run.Refused(f"{said}, expected {expected}" + (
+      ": give rows of another stage" if manifest["fields"] in (FIELDS, PAIRS, SCORED) else ": pack it again"))
 
 
 def _key(seed, name):
@@ -229,8 +243,14 @@ def in_order(manifest):
   )
 
 
+def _row_bytes(T, fields, pairs):
+  """Bytes of a record."""
+  return sum(np.dtype(kind).itemsize * (2 * pairs if name == "reference" else T + 1)
+             for name, kind in fields)
+
+
 def _read(rows, manifest, index):
-  size = ROW_BYTES * (manifest["T"] + 1)
+  size = _row_bytes(manifest["T"], manifest["fields"], manifest.get("pairs", 0))
   try:
     record = rows[int(index)]
   except (RuntimeError, ValueError, IndexError, OSError) as error:
@@ -255,9 +275,10 @@ def _damaged(manifest):
   return manifest["path"]
 
 
-def decoded(records, source_B, T):
+def decoded(records, source_B, T, fields=FIELDS, pairs=0):
   """B records, each a row's bytes -> the batch that `Loader` gives."""
   B = len(records)
+  of_pairs = {} if fields == FIELDS else _pairs(records, T, pairs, fields == SCORED)
   token = np.empty((B, T + 1), np.int32)
   segment_BT, weight_BT = np.empty((B, T), np.int32), np.empty((B, T), np.float32)
   for row, record in enumerate(records):  # without a copy of all records in between
@@ -271,7 +292,23 @@ def decoded(records, source_B, T):
       position_BT=positions(segment_BT),
       weight_BT=weight_BT,
       source_B=source_B.astype(np.int32),
+      **of_pairs,
   )
+
+
+def _pairs(records, T, pairs, scored):
+  """What rows of pairs have beside the others: pair and side of each target, the references."""
+  start = ROW_BYTES * (T + 1)
+  after = start + 3 * (T + 1)
+  found = dict(
+      pair_BT=[np.frombuffer(record, "<u2", T, start + 2) for record in records],
+      side_BT=[np.frombuffer(record, np.uint8, T, start + 2 * (T + 1) + 1) for record in records],
+  )
+  found = {name: np.stack(rows).astype(np.int32) for name, rows in found.items()}
+  if scored:
+    reference = [np.frombuffer(record, "<f4", 2 * pairs, after) for record in records]
+    found["reference_BJC"] = np.stack(reference).reshape(len(records), pairs, 2)
+  return found
 
 
 def positions(segment_BT):

@@ -1,4 +1,4 @@
-"""Verb pack: documents or conversations -> rows of T+1 tokens and a manifest, once, offline.
+"""Verb pack: documents, conversations or pairs -> rows of T+1 tokens and a manifest, once, offline.
 
 Writes WORKDIR/<stage>/<code>/<source>/{rows-00000-of-000NN.array_record, manifest.json}; the row is
 described in loader.py, the ids in tokenizer.py and chat.py. A source appears whole or not at all:
@@ -11,12 +11,14 @@ each; what is not kept is counted under "dropped". A plain document is BOS + tex
 first token has weight 0. Where it does not fit, it is split: the continuation has no BOS, starts
 at position 0 and pays for it with weight 0 on its first token. A continuation of one token is
 therefore never trained on, but it is kept and counted: "trained" beside "tokens" says how many
-tokens are targets.
+tokens are targets. A pair is two conversations, two segments of one row, so that a batch always
+holds both; at most `config.pairs` of them a row.
 """
 
 import bisect
 import collections
 import concurrent.futures
+import hashlib
 import multiprocessing
 import os
 import pathlib
@@ -29,6 +31,7 @@ from tiny_aya_jax import run
 from tiny_aya_jax.data import chat
 from tiny_aya_jax.data import loader
 from tiny_aya_jax.data import rules
+from tiny_aya_jax.data import shards
 from tiny_aya_jax.data import text
 from tiny_aya_jax.data import tokenizer as tokenizers
 
@@ -40,6 +43,7 @@ LARGEST_T = (1 << 16) - 2  # a row's segments are numbered in 16 bits, the small
 WINDOW = 1 << 22  # tokens that best_fit arranges at once: 20 MB, 512 rows at T 8192
 TOGETHER = 1 << 20  # characters handed to the tokenizer at once
 TOO_LONG = "longer than T+1"
+EQUAL = "equal sides"
 
 
 def main(config, workdir):
@@ -54,7 +58,7 @@ def main(config, workdir):
   ]  # fmt: skip
   due = [job for job in jobs if not _done(job, config.overwrite)]
   for job in due:
-    _hidden(job).mkdir(parents=True, exist_ok=True)
+    shards.hidden(job.folder).mkdir(parents=True, exist_ok=True)
   _pack_all(due, config)
   manifests = [
       run.read_json(os.path.join(job.folder, "manifest.json"), "packed rows")
@@ -105,7 +109,15 @@ def _check(config, workdir):
         f"config.rows_per_shard is {config.rows_per_shard} and config.processes is "
         f"{config.processes}: expected at least 1 and at least 0"
     )
+  if not 0 <= config.pairs <= config.T // 2:
+    raise run.Refused(f"config.pairs is {config.pairs}: expected 0 (no pairs) to {config.T // 2}")
+  if config.pairs and config.packing != "best_fit":
+    raise run.Refused("pairs are packed whole: give --config.packing=best_fit")
   run.plain_name("stage", config.stage)
+  run.choose("config.part", config.part, ("all", "train", "held_out"))
+  if not 0 <= config.held_out < 1 or (config.part == "all") != (config.held_out == 0):
+    raise run.Refused(f"config.part is {config.part!r} and config.held_out is {config.held_out}: expected "
+                      "all and 0, or train or held_out and the share that is held out, such as 0.05")
 
 
 def _wanted(config):
@@ -123,6 +135,8 @@ def _inputs(config, code, source, paths, tokenizer_sha256):
           version=loader.VERSION,
           T=config.T,
           packing=config.packing,
+          **(dict(pairs=config.pairs) if config.pairs else {}),
+          **(dict(part=[config.part, config.held_out]) if config.held_out else {}),
           licence=_licence(config.text, config.licence, code, source),
           rows_per_shard=config.rows_per_shard,
           tokenizer=tokenizer_sha256,
@@ -140,7 +154,7 @@ def _done(job, overwrite):
   """Whether the source is packed from these inputs, and its rows are still there in full size."""
   if not run.up_to_date(os.path.join(job.folder, "manifest.json"), job.inputs, overwrite):
     return False
-  if _hidden(job).exists():  # an overwriting call was killed
+  if shards.hidden(job.folder).exists():  # an overwriting call was killed
     return False
   try:
     loader.read_manifest(job.folder)
@@ -148,12 +162,6 @@ def _done(job, overwrite):
     run.say(f"packed again: {refusal}")
     return False
   return True
-
-
-def _hidden(job):
-  """Where the rows of a source are written, and the sign that they are not whole yet."""
-  folder = pathlib.Path(job.folder)
-  return folder.with_name(loader.HIDDEN.format(folder.name))
 
 
 def _pack_all(jobs, config):
@@ -177,45 +185,34 @@ def _pack_all(jobs, config):
 
 def pack_source(job, config):
   """Packs one source into job.folder; a source without documents leaves nothing but a line."""
-  folder, hidden = pathlib.Path(job.folder), _hidden(job)
-  _empty(hidden)  # of what a killed pack left
+  folder, hidden = pathlib.Path(job.folder), shards.hidden(job.folder)
+  shards.empty(hidden)  # of what a killed pack left
   try:
     manifest = _write_source(job, config, hidden)
   except BaseException as error:
-    _empty(hidden)
+    shards.empty(hidden)
     if isinstance(error, run.Refused):
       raise run.Refused(f"{job.code}/{job.source}: {error}") from error
     raise
   if manifest["rows"]:
     run.write_json(hidden / "manifest.json", manifest)
-    _replace(folder, hidden)
+    shards.replace(folder, hidden)
   else:
     shutil.rmtree(folder, ignore_errors=True)  # with overwrite: rows of text that is gone
     shutil.rmtree(hidden)
     run.say(f"{job.code}/{job.source}: no document to pack (dropped: {manifest['dropped']})")
 
 
-def _empty(folder):
-  """Removes what is in it; the folder itself stays all the while, as a sign."""
-  folder.mkdir(parents=True, exist_ok=True)
-  for path in folder.iterdir():
-    path.unlink()
-
-
-def _replace(folder, temporary):
-  """Renames `temporary` to `folder`. An earlier result loses its manifest first, then its rows."""
-  if folder.exists():
-    (folder / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(folder)
-  os.replace(temporary, folder)
-
-
 def _write_source(job, config, folder):
   tokenizer, length = tokenizers.load(config["tokenizer"]), config["T"] + 1
   count = collections.Counter()
-  documents = _encoded(text.read(config["text"], job.code, job.source), tokenizer, config, count)
-  rows = PACKINGS[config["packing"]](documents, length, count)
-  shards = write_shards(rows, length, folder, config["rows_per_shard"], count)
+  documents = _part(text.read(config["text"], job.code, job.source), config)
+  documents = _encoded(documents, tokenizer, config, count)
+  if config["pairs"]:
+    rows = best_fit(documents, length, count, most=config["pairs"])
+  else:
+    rows = PACKINGS[config["packing"]](documents, length, count)
+  written = write_shards(rows, length, folder, config["rows_per_shard"], count)
   return dict(
       version=loader.VERSION,
       language=job.code,
@@ -223,38 +220,87 @@ def _write_source(job, config, folder):
       licence=_licence(config["text"], config["licence"], job.code, job.source),
       T=config["T"],
       rows=count["rows"],
-      fields=loader.FIELDS,
+      fields=loader.PAIRS if config["pairs"] else loader.FIELDS,
+      **(dict(pairs=config["pairs"]) if config["pairs"] else {}),
       tokenizer_sha256=tokenizer.sha256,
       tokens=count["tokens"],
       trained=count["trained"],
       bytes=count["bytes"],
       documents=count["documents"],
       truncated=count["truncated"],
-      dropped={TOO_LONG: count["dropped"]} if count["dropped"] else {},
-      shards=shards,
+      dropped={reason: count[reason] for reason in (TOO_LONG, EQUAL) if count[reason]},
+      shards=written,
       packing=config["packing"],
       inputs=job.inputs,
   )
 
 
+def _part(documents, config):
+  """Of a split, the documents of config.part: by a hash of the text or of the first question, so that
+  equal questions are on one side, in every language and source."""
+  def held_out(document):
+    messages = document["messages"] if isinstance(document, dict) else document
+    said = document if _is_text(document) else next(
+        (turn["content"] for turn in messages if turn["role"] == "user"), "")
+    return int(hashlib.sha256(said.encode()).hexdigest()[:8], 16) < config["held_out"] * 2**32
+
+  if config["part"] == "all":
+    return documents
+  return (document for document in documents if held_out(document) == (config["part"] == "held_out"))
+
+
 def _encoded(documents, tokenizer, config, count):
-  """Documents -> (token uint32 [n], weight uint8 [n]) of each; counts documents, bytes, dropped."""
+  """Documents -> (token uint32 [n], weight uint8 [n]) of each, of a pair also side uint8 [n]; counts
+  documents, bytes, dropped."""
   bos, eos = tokenizer.special("<BOS_TOKEN>"), tokenizer.special("<EOS_TOKEN>")
   for together in _together(documents):
     plain = iter(tokenizer.encode_many([document for document in together if _is_text(document)]))
     for document in together:
+      _check_kind(document, config)
       if _is_text(document):
         token = np.array([bos, *next(plain), eos], np.uint32)
         weight = np.ones(len(token), np.uint8)
         weight[0] = 0
+        piece = token, weight
       else:
-        token, weight = _conversation(document, tokenizer, config)
-        if len(token) > config["T"] + 1:
-          count["dropped"] += 1  # split, its later part would be answers without their prompt
+        piece = (_pair if config["pairs"] else _conversation)(document, tokenizer, config)
+        # Split, its later part would be answers without their prompt.
+        if why := EQUAL if piece is None else TOO_LONG if len(piece[0]) > config["T"] + 1 else None:
+          count[why] += 1
           continue
       count["documents"] += 1
       count["bytes"] += _bytes(document)
-      yield token, weight
+      yield piece
+
+
+def _check_kind(document, config):
+  if isinstance(document, dict) != bool(config["pairs"]):
+    raise run.Refused(
+        "text of pairs (chosen, rejected) is packed with --config.pairs=16 or so, the most a row"
+        if isinstance(document, dict) else
+        f"config.pairs is {config['pairs']}, and the text holds documents that are no pairs: give "
+        "--config.pairs=0, or pack pairs in a stage of their own")
+
+
+def _pair(document, tokenizer, config):
+  """Both sides, one behind the other: (token, weight, side), or None if they are the same ids."""
+  sides = [
+      _conversation([*document["messages"], dict(role="assistant", content=document[answer])],
+                    tokenizer, config)
+      for answer in text.ANSWERS
+  ]
+  (chosen, _), (rejected, _) = sides
+  if np.array_equal(chosen, rejected):
+    return None
+  for _, weight in sides:  # earlier answers are the same on both sides: they say nothing
+    weight[: len(weight) - _answered(weight)] = 0
+  side = np.repeat(np.array([1, 2], np.uint8), [len(chosen), len(rejected)])
+  return *map(np.concatenate, zip(*sides)), side
+
+
+def _answered(weight):
+  """How many tokens at the end have weight: the last answer."""
+  return int(np.argmin(weight[::-1])) if not weight.all() else len(weight)
 
 
 def _conversation(messages, tokenizer, config):
@@ -274,6 +320,8 @@ def _is_text(document):
 def _bytes(document):
   if _is_text(document):
     return len(document.encode())
+  if isinstance(document, dict):
+    return _bytes(document["messages"]) + sum(len(document[side].encode()) for side in text.ANSWERS)
   return sum(len(message["content"].encode()) for message in document)
 
 
@@ -301,7 +349,7 @@ def split(documents, length, count):
     ends = [*range(first, len(token), length), len(token)]
     count["truncated"] += len(ends) > 1
     for start, end in zip([0, *ends], ends):
-      row.append(_piece(token, weight, start, end))
+      row.append(_piece(token, weight, start=start, end=end))
       space -= end - start
       if not space:
         yield row
@@ -310,25 +358,25 @@ def split(documents, length, count):
     yield row
 
 
-def best_fit(documents, length, count):
+def best_fit(documents, length, count, most=None):
   """Whole documents into rows; one longer than a row is split into full rows and a rest.
 
-  Best fit, the longest first, over WINDOW tokens at a time. Measured on conversations at T 512 to
+  Best fit, the longest first, over WINDOW tokens at a time; most: documents a row. Measured on conversations at T 512 to
   2048: longest-first fills rows to 91 to 99%, the order of the file to 79 to 95%.
   """
   pieces, size = [], 0
-  for token, weight in documents:
-    starts = range(0, len(token), length)
+  for document in documents:
+    starts = range(0, len(document[0]), length)
     count["truncated"] += len(starts) > 1
-    pieces += [_piece(token, weight, start, start + length) for start in starts]
-    size += len(token)
+    pieces += [_piece(*document, start=start, end=start + length) for start in starts]
+    size += len(document[0])
     if size >= WINDOW:
-      yield from _fitted(pieces, length)
+      yield from _fitted(pieces, length, most or length)
       pieces, size = [], 0
-  yield from _fitted(pieces, length)
+  yield from _fitted(pieces, length, most or length)
 
 
-def _fitted(pieces, length):
+def _fitted(pieces, length, most):
   """Pieces -> rows, each piece into the row with the least space that still holds it."""
   rows, spaces = [], []  # spaces: sorted (space left, row)
   for piece in sorted(pieces, key=lambda piece: -len(piece[0])):
@@ -339,7 +387,7 @@ def _fitted(pieces, length):
       rows.append([])
     space, row = spaces.pop(best)
     rows[row].append(piece)
-    if space > size:
+    if space > size and len(rows[row]) < most:
       bisect.insort(spaces, (space - size, row))
   return rows
 
@@ -347,60 +395,42 @@ def _fitted(pieces, length):
 PACKINGS = dict(split=split, best_fit=best_fit)
 
 
-def _piece(token, weight, start, end):
+def _piece(token, weight, *side, start, end):
   """Tokens start..end of a document as a segment: its first token is nothing's target."""
   weight = weight[start:end].copy()
   weight[0] = 0
-  return token[start:end], weight
+  return token[start:end], weight, *(part[start:end] for part in side)
 
 
 def write_shards(rows, length, folder, rows_per_shard, count):
-  """Writes the rows; -> the manifest's shards. Their names hold their number, known at the end."""
-  parts, writer = [], None
-  for row in rows:
-    if count["rows"] % rows_per_shard == 0:
-      _close(writer)
-      parts.append(folder / f"part{len(parts)}")
-      writer = _open(parts[-1])
-    writer.write(row_bytes(row, length))
-    count["rows"] += 1
-    count["tokens"] += sum(len(token) for token, _ in row)
-    count["trained"] += sum(int(weight.sum()) for _, weight in row)
-  _close(writer)
-  return [
-      _shard(part, index, len(parts), min(rows_per_shard, count["rows"] - index * rows_per_shard))
-      for index, part in enumerate(parts)
-  ]
+  """Writes the rows, and counts them; -> the manifest's shards."""
+  def records():
+    for row in rows:
+      yield row_bytes(row, length)
+      count["rows"] += 1
+      count["tokens"] += sum(len(token) for token, *_ in row)
+      count["trained"] += sum(int(weight.sum()) for _, weight, *_ in row)
 
-
-def _open(path):
-  from array_record.python import array_record_module
-
-  return array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-
-
-def _close(writer):
-  if writer is not None:
-    writer.close()
-
-
-def _shard(part, index, shards, rows):
-  path = part.with_name(f"rows-{index:05d}-of-{shards:05d}.array_record")
-  os.replace(part, path)
-  return dict(name=path.name, rows=rows, bytes=path.stat().st_size, sha256=run.sha256(path))
+  return shards.write(records(), folder, rows_per_shard)
 
 
 def row_bytes(row, length):
-  """A row's pieces [(token, weight), ...] -> the record: token, segment, weight, each [length]."""
+  """A row's pieces [(token, weight), ...] -> the record: token, segment, weight, each [length]; of
+  pieces (token, weight, side), which are two segments, also pair and side."""
   token_T = np.zeros(length, "<u4")
-  segment_T = np.zeros(length, "<u2")
-  weight_T = np.zeros(length, np.uint8)
-  start = 0
-  for segment, (token, weight) in enumerate(row, 1):
+  segment_T, pair_T = np.zeros((2, length), "<u2")
+  weight_T, side_T = np.zeros((2, length), np.uint8)
+  start = segment = 0
+  for pair, (token, weight, *side) in enumerate(row, 1):
     here = slice(start, start + len(token))
-    token_T[here], segment_T[here], weight_T[here] = token, segment, weight
-    start += len(token)
-  return token_T.tobytes() + segment_T.tobytes() + weight_T.tobytes()
+    token_T[here], weight_T[here] = token, weight
+    second = side[0] > 1 if side else 0
+    segment_T[here] = segment + 1 + second
+    if side:
+      pair_T[here], side_T[here] = pair, side[0]
+    start, segment = here.stop, segment + 1 + bool(side)
+  record = token_T.tobytes() + segment_T.tobytes() + weight_T.tobytes()
+  return record + pair_T.tobytes() + side_T.tobytes() if pair_T.any() else record
 
 
 def table(manifests):

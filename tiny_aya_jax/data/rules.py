@@ -28,6 +28,8 @@ What every kind reads, applied in this order after the rule:
                              the others keep their proportions; in one that has named sources only,
                              they share as the pairs do. 0 leaves the source out, and its size too
   unit    tokens or bytes: what sizes, shares and budget count
+  absent  refuse, or leave_out: a language that is named and has no sources; without it the other
+          weights keep their proportions
 
 After unimax they may lift a language above `epochs`, and the cap holds of a stage, not of what
 earlier ones drew: mixture.table says what is drawn in all, and warns of who is above it.
@@ -46,11 +48,12 @@ READS = dict(
     buckets=("languages", "temperature", "alpha", "by", "reading", "bucket_temperature"),
     explicit=("weights", "temperature", "alpha"),
 )
-EVERY_KIND = ("keep", "fixed", "floor", "within", "unit")
+EVERY_KIND = ("keep", "fixed", "floor", "within", "unit", "absent")
 FIELDS = dict.fromkeys((*sum(READS.values(), ()), *EVERY_KIND))
 MAY_LACK = ("temperature", "alpha", "bucket_temperature", *EVERY_KIND)
 PAIRS = ("weights", "keep", "fixed", "within")
 UNITS = ("tokens", "bytes")
+ABSENT = ("refuse", "leave_out")
 # What each number, or each second of a pair, must be.
 NUMBERS = dict(
     temperature=(lambda x: 0 < x < math.inf, "a positive number; alpha 0 is equal shares"),
@@ -81,7 +84,7 @@ def weights(sizes, rule):
   for name, size in sizes.items():
     if not size > 0:
       raise run.Refused(f"source {name!r} has {size} tokens or bytes: leave it out of the mixture")
-  rule = checked(rule)
+  rule = _of_present(checked(rule), set(map(_code, sizes)))
   own = set(READS[rule["kind"]]) - {"languages", "temperature"}  # _available and _alpha read them
   _check_left_out(sizes, rule)
   share = RULES[rule["kind"]](_available(sizes, rule), **{field: rule[field] for field in own})
@@ -94,6 +97,25 @@ def weights(sizes, rule):
   share = _floored(share, rule["floor"], rule["fixed"])
   share = _total(_within(share, rule["within"]), 1)
   return {name: share[name] for name in sizes if share.get(name)}
+
+
+def _of_present(rule, codes):
+  """With absent "leave_out", the rule less what it says of languages that have no sources."""
+  if rule["absent"] is None:
+    return rule
+  rule = dict(rule)
+  for field in ("weights", "keep", "fixed"):
+    if field in rule:
+      rule[field] = tuple(pair for pair in rule[field]
+                          if codes & set(languages.expand(pair[0].partition("/")[0])))
+  if "languages" in rule:
+    rule["languages"] = tuple(name for name in rule["languages"] if codes & set(languages.expand(name)))
+  if any(name in rule and not rule[name] for name in ("weights", "languages")):
+    raise run.Refused("the mixture names no language that has sources: there are sources of "
+                      + ", ".join(sorted(codes)))
+  if "weights" in rule:
+    rule["weights"] = tuple(_total(dict(rule["weights"]), 1).items())
+  return rule
 
 
 def _check_left_out(sizes, rule):
@@ -127,6 +149,8 @@ def checked(rule):
     found["alpha"] = alpha
   # Shares of sizes alone have no unit; of rows, tokens are the house's.
   unit = run.choose("mixture unit", found["unit"] or "tokens", UNITS)
+  if run.choose("mixture absent", found["absent"] or "refuse", ABSENT) == "refuse":
+    found["absent"] = None  # the same, said by nothing
   return found | dict(kind=kind, unit=unit)
 
 

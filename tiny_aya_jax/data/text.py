@@ -1,6 +1,7 @@
 """Readers of raw text: a folder (or the embedded corpus) -> documents by language and source.
 
-A document is a str, or a list of {"role", "content"} messages. Streaming: one document in memory.
+A document is a str, a list of {"role", "content"} messages, or a preference pair: {"messages" that
+end with the user, "chosen", "rejected": two answers}. Streaming: one document in memory.
 Not a filter: `read` refuses whatever is malformed with its place, repairs nothing and drops nothing
 but empty documents; `records` hands what is malformed to a caller that counts it (clean.py).
 
@@ -10,10 +11,13 @@ but empty documents; `records` hands what is malformed to a caller that counts i
     DIR/<anything>.jsonl[.gz,.zst]                  language by each record's "lang" or "language",
                                                     source: the file's name (the file is read
                                                     once a language: split big ones)
-    embedded/<split>                                toy.py, source 'cldr'; 'instruct' of instruct
+    embedded/<split>                                toy.py, source 'cldr'; 'instruct' of instruct,
+                                                    'pairs' of preference
 
 In .txt a blank line ends a document. In .jsonl each line, and in .parquet each row, is
-{"text": ...} or {"messages": [...]}; other fields are no part of the document.
+{"text": ...} or {"messages": [...]}; other fields are no part of the document. A pair is
+{"messages" or "prompt": [...], "chosen": ..., "rejected": ...}; prompt and answers may also be text
+alone, or the answers lists of one message.
 """
 
 import functools
@@ -39,9 +43,11 @@ COMPRESSIONS = ("", ".gz", ".zst")
 PARQUET = ".parquet"
 SUFFIXES = (*(kind + compression for kind in KINDS for compression in COMPRESSIONS), PARQUET)
 CLEANING = ".clean"  # clean.py's unfinished work; while it is there, the folder is not whole
+SYNTHESIS = ".synthesize"  # synthesize.py's, the same
 EMPTY = "empty"
 CLEANED = "clean.json"  # clean.py's report: licences among other things
 LANGUAGE_FIELDS = ("lang", "language")
+ANSWERS = ("chosen", "rejected")
 ROLES = dict(system="system", user="user", assistant="assistant", chatbot="assistant")
 
 
@@ -63,7 +69,7 @@ def languages(source):
   """
   split = _embedded(source)
   if split:
-    name = "instruct" if split == "instruct" else "cldr"
+    name = dict(instruct="instruct", preference="pairs").get(split.partition("_")[0], "cldr")
     return {language.code: {name: []} for language in table.LANGUAGES}
   found = {}
   for codes, name, path, broken in _found(source):
@@ -120,9 +126,16 @@ def read(source, code, name):
     ours = tuple(label for label, codes in names.items() if codes[0] == code)
     for record in records(path, ours or None):
       if not isinstance(record, Malformed):
-        yield record["text"] if "text" in record else record["messages"]
+        yield _said(record)
       elif record.reason != EMPTY:
         raise record
+
+
+def _said(record):
+  """A record -> the document."""
+  if "chosen" in record:
+    return {field: record[field] for field in ("messages", *ANSWERS)}
+  return record["text"] if "text" in record else record["messages"]
 
 
 def _labelled(source, path):
@@ -131,8 +144,8 @@ def _labelled(source, path):
 
 
 def records(path, labels=None):
-  """Yields each document's record, {"text": str} or {"messages": list} and its other fields, or the
-  Malformed that says why it is none, of the reason EMPTY for one that says nothing.
+  """Yields each document's record, {"text": str} or {"messages": list} and its other fields ("chosen"
+  and "rejected" of a pair among them), or the Malformed that says why it is none, of the reason EMPTY for one that says nothing.
 
   labels: only records whose language field is one of them. Damaged compression is Refused.
   """
@@ -177,8 +190,9 @@ def _folder(source):
   if not folder.is_dir():
     what = "is a file: give the folder that holds it" if folder.exists() else "does not exist"
     raise run.Refused(f"text folder {source} {what}")
-  if (folder / CLEANING).exists():
-    raise run.Refused(f"{source} is not whole: clean is at work in it or was killed; run it again")
+  for sign in (CLEANING, SYNTHESIS):
+    if (folder / sign).exists():
+      raise run.Refused(f"{source} is not whole: {sign[1:]} is at work in it or was killed; run it again")
   return folder
 
 
@@ -389,6 +403,8 @@ def _record(line, path, number):
 
 def _document(record, place):
   """The record, its text or messages checked."""
+  if all(record.get(field) is not None for field in ANSWERS):
+    return _pair(record, place)
   fields = [field for field in ("text", "messages") if record.get(field) is not None]
   if len(fields) != 1:
     raise Malformed(
@@ -403,6 +419,28 @@ def _document(record, place):
   if not _spoken(checked):
     raise Malformed(EMPTY, f"{place} says nothing")
   return {key: value for key, value in record.items() if key not in ("text", "messages")} | checked
+
+
+def _pair(record, place):
+  """The record of a pair, its prompt as "messages", its answers as text."""
+  prompt = record.get("messages") if record.get("prompt") is None else record["prompt"]
+  messages = _messages([dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt, place)
+  if messages[-1]["role"] != "user":
+    raise Malformed("no pair", f"{place}: the prompt of a pair ends with {messages[-1]['role']}, "
+                    "expected user")
+  answers = {}
+  for field in ANSWERS:
+    given = record[field]
+    if isinstance(given, list):
+      if len(given) != 1 or _message(given[0], f"{place}, {field}")["role"] != "assistant":
+        raise Malformed("no pair", f"{place}: {field!r} is {given!r:.60}, expected one answer: text, or "
+                        "a list of one message from assistant")
+      given = given[0]["content"]
+    answers[field] = _checked(given, field, place)
+    if not answers[field].strip():
+      raise Malformed("empty turn", f"{place}: {field!r} says nothing: leave the pair out")
+  rest = {key: value for key, value in record.items() if key not in ("prompt", "messages", *ANSWERS)}
+  return rest | dict(messages=messages) | answers
 
 
 def _spoken(record):
@@ -420,6 +458,10 @@ def _messages(messages, place):
       f"{place}: 'messages' is {messages!r:.60}, expected a list of role and content"
     )
   turns = [_message(message, f"{place}, message {i}") for i, message in enumerate(messages, 1)]
+  silent = [i for i, turn in enumerate(turns, 1) if not turn["content"].strip()]
+  if 0 < len(silent) < len(turns):  # of one that says nothing at all the caller says so
+    raise Malformed("empty turn", f"{place}, message {silent[0]} says nothing: leave the conversation "
+                    "out; the verb clean drops and counts such")
   roles = [turn["role"] for turn in turns]
   spoken = roles[1:] if roles[0] == "system" else roles
   expected = [("user", "assistant")[i % 2] for i in range(max(len(spoken), 1))]

@@ -99,6 +99,18 @@ class Tokenizer:
     """Whether every id means the same bytes or the same special token in both."""
     return self._pieces == other._pieces and self.specials == other.specials
 
+  def difference(self, other):
+    """What differs first from another tokenizer, in words; '' where `same_ids` holds."""
+    if self.size != other.size:
+      return f"{self.size} ids and {other.size}"
+    for name in sorted(self.specials.keys() | other.specials.keys()):
+      if self.specials.get(name) != other.specials.get(name):
+        return f"{name} is id {self.specials.get(name)} and {other.specials.get(name)}"
+    for id, (mine, theirs) in enumerate(zip(self._pieces, other._pieces)):
+      if mine != theirs:
+        return f"id {id} is {mine!r} and {theirs!r}"
+    return ""
+
   def json(self):
     """The text of a Hugging Face tokenizer.json with exactly these ids."""
     return self._json_text()

@@ -7,7 +7,7 @@ languages, dates, quantities, durations, lists), never English sentence frames.
 A *fact* is a tuple that belongs to no language, such as ("money", "BR"); `render` says it in one.
 Held out by fact: about one territory in ten, and so every sentence about it, is in `validation` in
 all languages; so are one in ten of all other facts, except the order of days and months, which
-cannot be held out. `instruct` uses train facts only.
+cannot be held out. `instruct` and `preference` use train facts only, `preference_validation` held-out.
 Under 300 distinct words in train, for want of CLDR: Malagasy 259, Shona 262, Maltese 296.
 Deterministic in (code, split) for one Babel version; independent of process and Python version.
 """
@@ -27,7 +27,7 @@ from babel.core import get_global
 
 from tiny_aya_jax import languages, run
 
-SPLITS = ("train", "validation", "instruct")
+SPLITS = ("train", "validation", "instruct", "preference", "preference_validation")
 
 # Train bytes follow FineWeb-2 bytes to this power, English (the largest) at the upper limit.
 # Ours: the exponent of temperature 3.33, so that the languages are unequal but none is invisible.
@@ -35,6 +35,7 @@ EXPONENT = 0.3
 TRAIN_BYTES = (20_000, 400_000)
 VALIDATION_BYTES = 5_000
 INSTRUCT_BYTES = 10_000
+PREFERENCE_BYTES = dict(preference=3_000, preference_validation=1_000)
 DOCUMENT_BYTES = (100, 800)
 
 # code -> Babel locale, where it is not the ISO code.
@@ -79,16 +80,16 @@ _SPANS = dict(second=1, minute=60, hour=3600, day=86400, week=604800, month=2592
 def documents(code, split):
   """The documents of one language and split, always the same ones.
 
-  Yields str ('train', 'validation': 100 to 800 bytes each) or a list of {"role", "content"}
-  ('instruct'). Refuses a code that is not one of the 70, and an unknown split.
+  Yields str ('train', 'validation': 100 to 800 bytes each), a list of {"role", "content"}
+  ('instruct') or {"messages", "chosen", "rejected"} (of preferences). Refuses a code that is not one of the 70, and an unknown split.
   """
   run.choose("toy split", split, SPLITS)
   words = _words(languages.find(code).code)
   source = random.Random(f"{words.code}/{split}")  # a str seed is hashed by SHA-512, not hash()
-  make = _conversation if split == "instruct" else _paragraph
+  make = dict(instruct=_conversation, preference=_pair).get(split.partition("_")[0], _paragraph)
   written, seen = 0, set()
   while written < size(words.code, split):
-    document = make(words, source, split == "validation")
+    document = make(words, source, split.endswith("validation"))
     if str(document) not in seen:
       seen.add(str(document))
       written += _bytes(document)
@@ -117,8 +118,41 @@ def cloze(code):
   return items
 
 
+def parallel(code):
+  """[{"prompt", "source", "reference"}]: held-out facts in English and in this language, at most 20, and
+  the question of `instruct` for them; none where CLDR has no English name of the language."""
+  words, english = _words(code), _words("eng_Latn")
+  source, items = random.Random(f"{words.code}/parallel"), {}
+  for _ in range(200):
+    asked = _translated(words, english, source, True) if words is not english else None
+    if asked and len(items) < 20:
+      said = asked[0].partition(english.colon)[2]
+      items[said] = dict(prompt=asked[0], source=said, reference=asked[1])
+  return list(items.values())
+
+
+def tongues(code, codes):
+  """{code of a language: its name in the language of `code`}; None where CLDR has none there."""
+  words = _words(code)
+  tags = {other: _LOCALES.get(other, languages.find(other).iso) for other in codes}
+  return {other: words.languages.get(tag) or words.languages.get(tag.partition("_")[0])
+          for other, tag in tags.items()}
+
+
+def own_name(code):
+  """A language's name in itself, or None."""
+  return _words(code).own_name
+
+
+def listed(code, names):
+  """'A, B and C' as the language of `code` joins names; each once."""
+  return _listed(_words(code), names)
+
+
 def size(code, split):
   """Bytes after which `documents(code, split)` stops (it ends with the document that passes it)."""
+  if split in PREFERENCE_BYTES:
+    return PREFERENCE_BYTES[split]
   if split != "train":
     return VALIDATION_BYTES if split == "validation" else INSTRUCT_BYTES
   low, high = TRAIN_BYTES
@@ -133,6 +167,8 @@ def held_out(*fact):
 
 
 def _bytes(document):
+  if isinstance(document, dict):
+    return _bytes([*document["messages"], *({"content": document[side]} for side in ("chosen", "rejected"))])
   texts = [document] if isinstance(document, str) else [turn["content"] for turn in document]
   return sum(len(text.encode()) for text in texts)
 
@@ -172,10 +208,23 @@ def _conversation(words, source, held):
   return turns
 
 
+def _pair(words, source, held):
+  """A question with its answer, and with the answer to another question of the same kind."""
+  while True:
+    ask = _pick(source, (_translate, _continue, _choose, _add))
+    asked, other = ask(words, source, held), ask(words, source, held)
+    if asked and other and asked[1] != other[1]:
+      return dict(messages=[dict(role="user", content=asked[0])], chosen=asked[1], rejected=other[1])
+
+
 def _translate(words, source, held):
   """A fact in another language (English one time in three) -> the same fact in this one."""
   others = languages.LANGUAGES
   other = _words("eng_Latn" if source.random() < 0.33 else _pick(source, others).code)
+  return _translated(words, other, source, held)
+
+
+def _translated(words, other, source, held):
   target = other.languages.get(words.tag) or other.languages.get(words.tag.partition("_")[0])
   fact = _pick(source, _DRAWS)(source, held, _territory(source, held))
   question, answer = render(other, fact), render(words, fact)

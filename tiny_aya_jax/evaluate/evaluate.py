@@ -33,14 +33,16 @@ def main(config, workdir):
   proof.keep_programs(workdir)
   mesh = axes.mesh(**config.mesh.to_dict())
   # A run that is being evaluated may go on: all take the step that process 0 has seen.
-  steps = processes.told([-1 if subject["step"] is None else subject["step"] for subject in subjects])
-  subjects = [subject if subject["step"] in (None, step) else _subject(config, place, step)
-              for subject, place, step in zip(subjects, config.checkpoints, steps)]
-  for subject in subjects:
+  places, given = [*config.checkpoints, config.divergence_from], [*subjects, *work["reference"]]
+  steps = processes.told([-1 if subject["step"] is None else subject["step"] for subject in given])
+  given = [subject if subject["step"] in (None, step) else _subject(config, place, step)
+           for subject, place, step in zip(given, places, steps)]
+  subjects, work["reference"] = given[: len(subjects)], given[len(subjects) :]
+  for subject in given:
     engine.refuse_unless_possible(subject["model"], mesh, config)
   inputs = run.fingerprint([
       [(subject["name"], subject["identity"], subject["tokenizer"].sha256, subject["T"])
-       for subject in subjects],
+       for subject in given],
       work["fingerprint"], _text(config.baselines), config.dtype, config.baseline,
       [config.judge.url, config.judge.model, config.judge.body]])
   done = run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite)
@@ -89,15 +91,17 @@ def check(config, workdir):
                       "config.tasks.belebele, or config.harness.tasks")
   manifests = loader.read_manifests(config.rows) if config.rows else []
   subjects = [_subject(config, place) for place in config.checkpoints]
+  reference = [_subject(config, config.divergence_from)] if config.divergence_from else []
   names = [subject["name"] for subject in subjects]
   if len(set(names)) < len(names):
     raise run.Refused(f"config.checkpoints are named {names}: two of one name would be one column")
   if config.baseline is not None:
     known = ["untrained"] if manifests and subjects[0]["untrained"] else []
     run.choose("config.baseline", config.baseline, [*known, *names])
-  for subject in subjects if manifests else ():
+  for subject in [*subjects, *reference] if manifests else ():
     same_tokenizer(config.rows, manifests[0]["tokenizer_sha256"], subject["tokenizer"],
                    config.tokenizer)
+  _check_reference(subjects, reference, manifests)
   if config.mesh.context > 1 and manifests and manifests[0]["T"] % config.mesh.context:
     raise run.Refused(f"config.mesh.context={config.mesh.context} does not divide T={manifests[0]['T']}")
   if config.mesh.context > 1 and (chosen or config.harness.tasks):
@@ -115,7 +119,8 @@ def check(config, workdir):
       [manifest["sha256"] for manifest in manifests], items, config.choices, config.prompts,
       config.identifier, config.T, config.tokens, config.limit, config.harness.to_dict(),
       [run.sha256(path) for path in _files(config)]])
-  return subjects, dict(manifests=manifests, items=items, fingerprint=fingerprint), tools, judge
+  work = dict(manifests=manifests, reference=reference, items=items, fingerprint=fingerprint)
+  return subjects, work, tools, judge
 
 
 def _files(config):
@@ -166,6 +171,16 @@ def same_tokenizer(path, sha256, tokenizer, given):
       other and other.sha256 == sha256 and other.same_ids(tokenizer)):
     raise run.Refused(
         f"{path} belongs to tokenizer {sha256[:12]}, and {tokenizer.path} is {tokenizer.sha256[:12]}")
+
+
+def _check_reference(subjects, reference, manifests):
+  """Refuses a divergence without rows, and one between vocabularies of two sizes."""
+  if reference and not manifests:
+    raise run.Refused("config.divergence_from is measured on packed rows: give config.rows")
+  for subject, other in ((subject, other) for subject in subjects for other in reference):
+    if subject["model"].V != other["model"].V:
+      raise run.Refused(f"{subject['name']} predicts {subject['model'].V} ids and config.divergence_from "
+                        f"{other['model'].V}: expected one vocabulary")
 
 
 def _tools(config, chosen):

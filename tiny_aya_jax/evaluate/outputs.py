@@ -15,10 +15,11 @@ from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import chat, loader
 from tiny_aya_jax.evaluate import engine as engines
 from tiny_aya_jax.model import bits
+from tiny_aya_jax.post import similarity
 
 
 def of(subject, work, workdir, mesh, config):
-  """{"bits_per_byte": {code: value}, task: {code: [(item, answer)]}} of one checkpoint."""
+  """{task: {code: [(item, answer)]}} of one checkpoint; bits per byte and divergence are of code None."""
   units = _units(subject, work, config)
   folder = workdir / "outputs" / subject["name"]
   left = [number for number, unit in enumerate(units)
@@ -49,12 +50,17 @@ def _units(subject, work, config):
   """What is asked of a checkpoint, a file each: {"task", "code", "file", "inputs", "compute"}."""
   units = []
   common = [subject["identity"], subject["tokenizer"].sha256, config.dtype]
+  rows = [[manifest["language"], manifest["sha256"]] for manifest in work["manifests"]]
   if work["manifests"]:
     units.append(dict(
         task="bits_per_byte", code=None, file="bits_per_byte.jsonl",
-        inputs=run.fingerprint([common, [
-            [manifest["language"], manifest["sha256"]] for manifest in work["manifests"]]]),
+        inputs=run.fingerprint([common, rows]),
         compute=lambda engine, what: _bits_per_byte(engine, work["manifests"], config)))
+  for reference in work["reference"]:
+    units.append(dict(
+        task="divergence", code=None, file="divergence.jsonl",
+        inputs=run.fingerprint([common, rows, reference["identity"]]),
+        compute=lambda engine, what: _divergence(engine, reference, work["manifests"], config)))
   for name in config.harness.tasks:
     units.append(_harness_unit(name, subject, common, config))
   for name, items in work["items"].items():
@@ -125,3 +131,16 @@ def _bits_per_byte(engine, manifests, config):
     batches = loader.every_row_once(manifests, config.batch, axes.process_part(engine.mesh))
     found = bits.evaluate(score, engine.params, batches, engine.mesh, codes)
   return [dict(item=dict(language=code), answer=entry["bits_per_byte"]) for code, entry in found.items()]
+
+
+def _divergence(engine, reference, manifests, config):
+  """Rows {"item": {"language"}, "answer": {"tokens", "kl_ab", "kl_ba"}}, b the reference.
+
+  It is in memory beside the checkpoint for as long as this takes, and no longer.
+  """
+  other = engines.load(reference["path"], reference["tokenizer"], engine.mesh, config, reference["T"])
+  found = similarity.divergence(
+      (engine.model, other.model), (engine.params, other.params),
+      loader.every_row_once(manifests, config.batch, axes.process_part(engine.mesh)), engine.mesh,
+      [manifest["language"] for manifest in manifests], chunk=config.chunk)
+  return [dict(item=dict(language=code), answer=entry) for code, entry in found.items()]

@@ -10,11 +10,14 @@ from tiny_aya_jax.evaluate import baselines, rollups
 
 PACKAGES = ("jax", "tiny_aya_jax", "sacrebleu", "py3langid", "lm_eval")
 FEW_BYTES = 10_000  # of validation text, below which a figure is too little to rank by
+FEW_TOKENS = 2_500  # about as much
 
 
 def of(subjects, work, outputs, tools, judge, config):
   """What evaluation.json holds; the page is drawn from it alone."""
   measures = [*_bits(subjects, work, outputs, config)] if work["manifests"] else []
+  for reference in work["reference"]:
+    measures += _divergences(subjects, reference, outputs)
   unscored = []
   if work["items"]:
     from tiny_aya_jax.evaluate import tasks
@@ -134,6 +137,22 @@ def _bits(subjects, work, outputs, config):
       note="held-out text, every row once; special tokens cost bits and count no bytes",
       unit="bytes", counts=counts, few=FEW_BYTES, beside=beside,
       columns={name: {code: column.get(code) for code in counts} for name, column in columns.items()})
+
+
+def _divergences(subjects, reference, outputs):
+  """Two measures: how far each checkpoint is from the reference, either way."""
+  found = {subject["name"]: {item["language"]: answer for item, answer in
+                             outputs[subject["name"]]["divergence"][None]} for subject in subjects}
+  counts = {code: entry["tokens"] for code, entry in next(iter(found.values())).items()}
+  for name, measure in (("kl_ab", f"KL(checkpoint || {reference['name']})"),
+                        ("kl_ba", f"KL({reference['name']} || checkpoint)")):
+    yield dict(
+        task="divergence", measure=measure, better="lower", chance=None, signature=None,
+        note=f"nats a token over the whole vocabulary, on every row of validation; lower is nearer to "
+             f"{reference['path']}, not better in itself",
+        unit="tokens", counts=counts, few=FEW_TOKENS, beside={},
+        columns={column: {code: entry[name] for code, entry in values.items()}
+                 for column, values in found.items()})
 
 
 def _bytes(manifests):

@@ -106,10 +106,14 @@ def table(choices="letters"):
 def _cloze(place, codes):
   """A set of your own, or 'embedded': the order of days and months, of the wiring corpus."""
   if str(place) == EMBEDDED:
-    chosen = languages.select(("all",)) if codes is None else codes
-    found = {code: toy.cloze(code) for code in chosen if code != languages.CODE}
-    return {code: items for code, items in found.items() if items}
+    return _embedded(toy.cloze, codes)
   return {code: list(formats.cloze(rows)) for code, rows in formats.by_language(place, codes).items()}
+
+
+def _embedded(make, codes):
+  chosen = languages.select(("all",)) if codes is None else codes
+  found = {code: make(code) for code in chosen if code != languages.CODE}
+  return {code: items for code, items in found.items() if items}
 
 
 def _xcopa(place, codes):
@@ -131,6 +135,9 @@ def _worded(place, codes, known, what):
 
 
 def _parallel(place, codes):
+  """A set of your own, or 'embedded': held-out facts of the wiring corpus, asked as it asks."""
+  if str(place) == EMBEDDED:
+    return _embedded(toy.parallel, codes)
   return formats.parallel(place, SOURCE, codes)
 
 
@@ -206,7 +213,7 @@ def _prompt(item, code):
 
 
 def _translate(item, code):
-  return (f"Translate this text from {languages.find(SOURCE).name} into {languages.find(code).name}. "
+  return item.get("prompt") or (f"Translate this text from {languages.find(SOURCE).name} into {languages.find(code).name}. "
           f"Write the translation and nothing else.\n\n{item['source']}")
 
 

@@ -6,6 +6,9 @@ and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a tor
 An adapter is a folder of PEFT: adapter_config.json and adapter_model.safetensors.
 """
 
+import contextlib
+import functools
+import json
 import os
 import pathlib
 import shutil
@@ -32,6 +35,7 @@ LAYER = dict(
     down_FD="mlp.down_proj",
 )
 DTYPES = dict(bfloat16=ml_dtypes.bfloat16, float16=np.float16, float32=np.float32)
+STORED = dict(BF16=ml_dtypes.bfloat16, F16=np.float16, F32=np.float32, F64=np.float64)
 SHARD_BYTES = 4 << 30  # below the 5 GB at which transformers itself shards
 
 
@@ -40,6 +44,24 @@ def read(folder):
 
   Refuses what this architecture is not: other model types or layer patterns, biases, query/key
   norms, an untied head, and missing, extra or misshapen tensors, each by name.
+  """
+  tensors, cfg = open_folder(folder)
+  leaves = {}
+  for name, (path, period) in tensor_names(cfg).items():
+    shape = _shape(cfg, path[-1])
+    value = ours(tensors[name](), shape, path[-1])
+    if period is None:
+      leaves[path] = value
+    else:
+      stacked = leaves.setdefault(path, np.empty((cfg.L, *shape), np.float32))
+      stacked[period] = value
+  return _tree(leaves), cfg
+
+
+def open_folder(folder):
+  """({HF tensor name: function that reads it, fp32 in torch's shape}, cfg); refuses what `read` does.
+
+  Nothing is read before it is asked for, or kept.
   """
   folder = pathlib.Path(folder)
   cfg = config_in(run.read_json(folder / "config.json", "Hugging Face folder"), folder)
@@ -54,20 +76,14 @@ def read(folder):
     raise run.Refused(
         f"{folder}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
     )
-  leaves = {}
-  for name, (path, period) in names.items():
-    shape, value = _shape(cfg, path[-1]), tensors[name]()
-    flat = _flat(shape, path[-1])
+
+  def read_one(name, path):
+    value, flat = tensors[name](), _flat(_shape(cfg, path[-1]), path[-1])
     if value.shape != flat:
       raise run.Refused(f"{folder}: {name} has shape {value.shape}, config.json says {flat}")
-    value = value.astype(np.float32)
-    value = (value.T if len(flat) == 2 and path[-1] != "embedding_VD" else value).reshape(shape)
-    if period is None:
-      leaves[path] = value
-    else:
-      stacked = leaves.setdefault(path, np.empty((cfg.L, *shape), np.float32))
-      stacked[period] = value
-  return _tree(leaves), cfg
+    return value.astype(np.float32, copy=False)
+
+  return {name: functools.partial(read_one, name, path) for name, (path, _) in names.items()}, cfg
 
 
 def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=SHARD_BYTES):
@@ -82,32 +98,46 @@ def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=SHARD_
     raise run.Refused(f"{folder} exists: remove it, or export to another folder")
   if tokenizer.size > cfg.V:
     raise run.Refused(f"the tokenizer has {tokenizer.size} ids, the embedding only {cfg.V} rows")
+  tensors = ((name, _tensor(params, cfg, *place)) for name, place in tensor_names(cfg).items())
+  with staged(folder) as temporary:
+    write_tensors(temporary, tensors, cfg, dtype=dtype, shard_bytes=shard_bytes)
+    write_texts(temporary, cfg, tokenizer, dtype)
+
+
+@contextlib.contextmanager
+def staged(folder):
+  """A folder beside `folder` to write into; it becomes `folder` at the end, or is gone."""
+  folder = pathlib.Path(folder)
   temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
   temporary.mkdir(parents=True)
   try:
-    _write_tensors(temporary, params, cfg, DTYPES[dtype], shard_bytes)
-    stop_ids = sorted({tokenizer.special("<EOS_TOKEN>"), *chat.stop_ids(tokenizer)})
-    specials = dict(
-        bos_token="<BOS_TOKEN>", eos_token="<EOS_TOKEN>", pad_token="<PAD>", unk_token="<UNK>"
-    )
-    run.write_json(temporary / "config.json", config_out(cfg, tokenizer, dtype))
-    run.write_json(temporary / "generation_config.json", dict(
-        bos_token_id=tokenizer.special("<BOS_TOKEN>"), eos_token_id=stop_ids,
-        pad_token_id=tokenizer.special("<PAD>"), do_sample=True, temperature=0.3, top_p=0.95,
-    ))
-    (temporary / "tokenizer.json").write_text(tokenizer.json(), encoding="utf-8")
-    # The class that uses tokenizer.json as it is: CohereTokenizerFast rebuilds it wrongly in
-    # transformers 5 (tiny_aya.md 2.4).
-    run.write_json(temporary / "tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_max_length=8192,
-        clean_up_tokenization_spaces=False, **specials,
-    ))
-    run.write_json(temporary / "special_tokens_map.json", specials)
-    (temporary / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
+    yield temporary
     os.replace(temporary, folder)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
+
+
+def write_texts(folder, cfg, tokenizer, dtype):
+  """All that a folder has besides its weights."""
+  stop_ids = sorted({tokenizer.special("<EOS_TOKEN>"), *chat.stop_ids(tokenizer)})
+  specials = dict(
+      bos_token="<BOS_TOKEN>", eos_token="<EOS_TOKEN>", pad_token="<PAD>", unk_token="<UNK>"
+  )
+  run.write_json(folder / "config.json", config_out(cfg, tokenizer, dtype))
+  run.write_json(folder / "generation_config.json", dict(
+      bos_token_id=tokenizer.special("<BOS_TOKEN>"), eos_token_id=stop_ids,
+      pad_token_id=tokenizer.special("<PAD>"), do_sample=True, temperature=0.3, top_p=0.95,
+  ))
+  (folder / "tokenizer.json").write_text(tokenizer.json(), encoding="utf-8")
+  # The class that uses tokenizer.json as it is: CohereTokenizerFast rebuilds it wrongly in
+  # transformers 5 (tiny_aya.md 2.4).
+  run.write_json(folder / "tokenizer_config.json", dict(
+      tokenizer_class="PreTrainedTokenizerFast", model_max_length=8192,
+      clean_up_tokenization_spaces=False, **specials,
+  ))
+  run.write_json(folder / "special_tokens_map.json", specials)
+  (folder / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
 
 
 def write_adapter(folder, params, adapter):
@@ -230,6 +260,12 @@ def tensor_names(cfg):
   return names | {"model.norm.weight": (("norm_D",), None)}
 
 
+def leaf_shapes(cfg):
+  """{path in our tree: shape}, stacked leaves with their L."""
+  return {path: (*(() if period is None else (cfg.L,)), *_shape(cfg, path[-1]))
+          for path, period in tensor_names(cfg).values()}
+
+
 def _shape(cfg, name):
   return tuple(getattr(cfg, letter) for letter in name.rpartition("_")[2])
 
@@ -240,6 +276,17 @@ def _flat(shape, name):
     return shape
   inputs = 2 if name == "o_NHD" else 1
   return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
+
+
+def ours(value, shape, name):
+  """A matrix of torch's [out, in] -> our `shape` of the parameter `name`, without a copy."""
+  return (value.T if value.ndim == 2 and name != "embedding_VD" else value).reshape(shape)
+
+
+def theirs(value, name):
+  """Our parameter `name`, one period of it -> torch's [out, in], without a copy."""
+  flat = _flat(value.shape, name)
+  return value.reshape(flat[::-1]).T if len(flat) == 2 and name != "embedding_VD" else value
 
 
 def _tree(leaves):
@@ -273,46 +320,86 @@ def _open(folder):
     if not (folder / name).is_file():
       raise run.Refused(f"{folder} has no {name}")
     try:
-      shard = safe_open(folder / name, framework="numpy")
+      with safe_open(folder / name, framework="numpy"):
+        pass
     except SafetensorError as error:
       raise run.Refused(f"{folder / name} is not a whole safetensors file ({error})") from None
-    for key in shard.keys():
-      tensors[key] = lambda shard=shard, key=key: shard.get_tensor(key)
+    tensors |= _stored(folder / name)
   if where is not None and tensors.keys() != where.keys():
     odd = sorted(tensors.keys() ^ where.keys())
     raise run.Refused(f"{index} and its shards disagree about {len(odd)} tensors, e.g. {odd[0]}")
   return tensors
 
 
-def _write_tensors(folder, params, cfg, dtype, shard_bytes):
-  """model.safetensors, or model-0000x-of-0000n.safetensors and their index."""
-  from safetensors import SafetensorError
-  from safetensors.numpy import save_file
+def _stored(path):
+  """{tensor name: function that reads it} of one file, not mapped: what was read can be freed."""
+  with open(path, "rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+  header.pop("__metadata__", None)
+  for name, entry in header.items():
+    if entry["dtype"] not in STORED:
+      raise run.Refused(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(STORED)}")
 
+  def read_one(dtype, shape, data_offsets):
+    begin, end = data_offsets
+    dtype = np.dtype(STORED[dtype])
+    count = (end - begin) // dtype.itemsize
+    return np.fromfile(path, dtype, count, offset=8 + size + begin).reshape(shape)
+
+  return {name: functools.partial(read_one, **entry) for name, entry in header.items()}
+
+
+def write_tensors(folder, tensors, cfg, *, dtype="float32", shard_bytes=SHARD_BYTES):
+  """Writes model.safetensors, or model-0000x-of-0000n.safetensors and their index.
+
+  tensors: all (HF tensor name, value in torch's shape), in any order; each goes to its place in its
+  file when it comes, so that no more than one need be in memory.
+  """
   names = tensor_names(cfg)
-  item = np.dtype(dtype).itemsize
+  item = np.dtype(DTYPES[dtype]).itemsize
   sizes = {name: item * int(np.prod(_shape(cfg, path[-1]))) for name, (path, _) in names.items()}
   shards = [[]]
   for name in names:
     if shards[-1] and sum(sizes[kept] for kept in shards[-1]) + sizes[name] > shard_bytes:
       shards.append([])
     shards[-1].append(name)
-  where = {}
+  where, places = {}, {}
   for number, shard in enumerate(shards, 1):
     file = "model.safetensors" if len(shards) == 1 else (
         f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-    tensors = {name: _tensor(params, cfg, *names[name], dtype) for name in shard}
-    try:
-      save_file(tensors, folder / file, metadata=dict(format="pt"))
-    except SafetensorError as error:  # what a full disk is to it
-      raise OSError(str(error)) from error
+    places |= _lay_out(folder / file, {name: sizes[name] for name in shard}, names, cfg, dtype)
     where |= dict.fromkeys(shard, file)
+  for name, value in tensors:
+    path, offset = places.pop(name)
+    with open(path, "r+b") as file:
+      file.seek(offset)
+      file.write(np.ascontiguousarray(value.astype(DTYPES[dtype], copy=False)).reshape(-1).view(np.uint8))
+  if places:
+    raise ValueError(f"{len(places)} tensors were not given, e.g. {next(iter(places))}")
   if len(shards) > 1:
     run.write_json(folder / "model.safetensors.index.json", dict(
         metadata=dict(total_size=sum(sizes.values())), weight_map=where))
 
 
-def _tensor(params, cfg, path, period, dtype):
+def _lay_out(path, sizes, names, cfg, dtype):
+  """Writes a safetensors file's header; {name: (path, where its bytes begin)}."""
+  stored = next(name for name, kept in STORED.items() if kept == DTYPES[dtype])
+  header, at = {"__metadata__": dict(format="pt")}, 0
+  for name, size in sizes.items():
+    leaf = names[name][0][-1]
+    shape = list(_flat(_shape(cfg, leaf), leaf))
+    header[name] = dict(dtype=stored, shape=shape, data_offsets=[at, at + size])
+    at += size
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + at)
+  return {name: (path, 8 + len(text) + header[name]["data_offsets"][0]) for name in sizes}
+
+
+def _tensor(params, cfg, path, period):
   leaf = params
   for key in path:
     leaf = leaf[key]
@@ -320,7 +407,4 @@ def _tensor(params, cfg, path, period, dtype):
   shape = _shape(cfg, path[-1])
   if value.shape != shape:
     raise run.Refused(f"{'/'.join(path)} has shape {value.shape}, the model config says {shape}")
-  flat = _flat(shape, path[-1])
-  if len(flat) == 2 and path[-1] != "embedding_VD":
-    value = value.reshape(flat[::-1]).T
-  return np.ascontiguousarray(value.astype(dtype))
+  return theirs(value, path[-1])

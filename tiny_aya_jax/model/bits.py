@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from tiny_aya_jax import axes
 from tiny_aya_jax.model import losses
+from tiny_aya_jax.model.transformer import hidden
 
 
 def scorer(model, bytes_V, sources, *, chunk):
@@ -23,11 +24,8 @@ def scorer(model, bytes_V, sources, *, chunk):
 
   @functools.partial(jax.jit, donate_argnums=2)
   def score(params, batch, totals):
-    hidden_BTD = model.apply(
-        {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
-    )
     _, _, aux = losses.next_token(
-        hidden_BTD, params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
+        hidden(params, batch, model), params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
         logit_scale=model.cfg.logit_scale, chunk=chunk,
     )
     counted_BT = (batch["weight_BT"] > 0).astype(jnp.float32)

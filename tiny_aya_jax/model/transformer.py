@@ -235,6 +235,12 @@ class Block(nn.Module):
     return shard(x_BTD + a_BTD + f_BTD, "BTD")
 
 
+def hidden(params, batch, model):
+  """hidden_BTD of a batch of packed rows, {"token_BT", "segment_BT", "position_BT", ...}."""
+  return model.apply(
+      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"])
+
+
 def logits(params, hidden_BTD, cfg):
   """Next-token logits [B, T, V] in fp32, by the tied head and its scale."""
   head_VD = params["embedding_VD"].astype(hidden_BTD.dtype)

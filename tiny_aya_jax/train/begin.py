@@ -13,7 +13,7 @@ import pathlib
 from typing import NamedTuple
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import loader, mixture
+from tiny_aya_jax.data import loader, mixture, rules
 from tiny_aya_jax.train import fields, saved
 
 
@@ -158,6 +158,16 @@ def plan(config, manifests):
   return mixture.plan(manifests, rule(config, manifests))
 
 
+def steps(config, manifests):
+  """The steps of config.epochs: so many times the rows of the sources that are drawn from."""
+  if "budget" in rules.READS[config.data.mixture.kind] and config.data.mixture.budget is None:
+    raise run.Refused("config.epochs says how many steps, and the budget of this mixture is what the steps "
+                      "hold: set config.data.mixture.budget, or config.steps")
+  drawn = mixture.drawn(plan(config, manifests))
+  rows = sum(manifest["rows"] for manifest in manifests if manifest["name"] in drawn)
+  return max(math.ceil(config.epochs * rows / config.data.batch), 1)
+
+
 def rule(config, sources, start=0, start_row=0):
   """config.data.mixture; a budget that it reads and leaves unset is what the rows hold from
   `start_row` to the end of a run that began at step `start`."""
@@ -185,10 +195,14 @@ def _with_paths(plan, current):
   return plan | dict(sources=sources)
 
 
+LOSS = ("kind", "beta", "length_normalised")
+
+
 def facts(config):
   """What a resume may change only with accept_change."""
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
               batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
+              loss={name: config.loss[name] for name in LOSS},
               dtype=config.dtype, matmul=config.matmul,
               guard=dict(window=config.guard.window, sigma=config.guard.sigma))
 
@@ -197,7 +211,7 @@ def trained(meta):
   """The `facts` of a checkpoint; where it is older than a field, all that there was before it."""
   optimizer = meta["run"]["optimizer"]
   adamw = dict(mu_dtype="float32") | optimizer["adamw"]
-  none = dict(matmul="dtype", guard=dict(window=128, sigma=math.inf))
+  none = dict(matmul="dtype", loss=dict(zip(LOSS, ("next_token", 0.1, False))), guard=dict(window=128, sigma=math.inf))
   return none | meta["run"] | dict(optimizer=optimizer | dict(adamw=adamw))
 
 

@@ -16,6 +16,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from tiny_aya_jax import processes, run
@@ -23,6 +24,7 @@ from tiny_aya_jax.model import adapter
 from tiny_aya_jax.train import saved
 
 TREES = ("params", "optimizer")
+CHUNK_BYTES = 64 << 20  # of a leaf written alone: what a shard reads of it
 RETRY_SECONDS = 1.0  # after a first failure to read
 # In what TensorStore says when the fault is not the file's.
 ELSEWHERE = ("UNAVAILABLE|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED"
@@ -59,6 +61,55 @@ def begin(workdir, step, items, *, seconds):
   items = items | dict(meta=saved.signed(meta, items.get("data")))
   with _context(seconds):
     return ocp.save_checkpointables_async(folder / str(step), items).result
+
+
+def write_params(workdir, step, leaves, meta):
+  """Writes a checkpoint of params and meta alone, as `step`, a leaf at a time; replaces an older one.
+
+  leaves: (path, NumPy array) of every parameter, in any order; no more than one need be in memory.
+  Orbax keeps all that it encodes until it commits: so there are many commits, joined when all leaves
+  are there. One process, which must not be training in `workdir`.
+  """
+  folder = pathlib.Path(workdir).absolute() / "checkpoints"
+  parts, whole = folder / f"{step}.parts{TEMPORARY}", folder / f"{step}.whole{TEMPORARY}"
+  folder.mkdir(parents=True, exist_ok=True)
+  sweep(workdir)
+  try:
+    prints = _write_leaves(parts / "params", leaves)
+    meta = meta | dict(step=step, fingerprints=dict(params=prints))
+    with _context():  # Orbax's own record of what a checkpoint has, with a stand-in for params
+      ocp.save_checkpointables(whole, dict(params=dict(none=0), meta=saved.signed(meta, None)))
+  except BaseException:
+    sweep(workdir)
+    raise
+  shutil.rmtree(whole / "params")
+  (parts / "params" / "state").rename(whole / "params")
+  if (folder / str(step)).exists():
+    (folder / str(step)).rename(folder / f"{step}.old")
+  whole.rename(folder / str(step))
+  sweep(workdir)
+  prune(workdir, keep=1)
+
+
+def _write_leaves(path, leaves):
+  """Commits when the leaves at hand fill a chunk; {path: fingerprint}."""
+  prints, tree, size = {}, {}, 0
+  with _frugal(_context()):
+    for key, leaf in leaves:
+      prints["/".join(key)] = fingerprints(dict(leaf=leaf))["leaf"]
+      node = tree
+      for name in key[:-1]:
+        node = node.setdefault(name, {})
+      node[key[-1]] = leaf
+      size += leaf.nbytes
+      del leaf  # before the next is made
+      if size >= CHUNK_BYTES:
+        ocp.partial.save(path, tree)
+        tree, size = {}, 0
+    if tree:
+      ocp.partial.save(path, tree)
+    ocp.partial.finalize(path)
+  return prints
 
 
 def prune(workdir, keep):
@@ -114,6 +165,36 @@ def restore_apart(path, shardings=None):
   return items["params"], items["meta"]
 
 
+def leaves(path):
+  """(shapes, read) of a checkpoint's params: {"a/b": shape}, and "a/b" -> NumPy array, verified.
+
+  A call reads one leaf, and its adapter, which is merged; nothing is kept.
+  """
+  path, facts = saved.find(path), saved.meta(path)
+  described = _described(path, "params")
+  shapes = {_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(described)}
+  if odd := sorted(shapes.keys() ^ facts["fingerprints"]["params"].keys()):
+    raise saved.Damaged(f"{path}: params is not what was saved in {len(odd)} arrays, e.g. {odd[0]}")
+
+  adapted = adapter.described(facts.get("adapter"))
+
+  def read(name):
+    parent, slash, own = name.rpartition("/")
+    pair = adapter.factors(adapted).get(own, ())
+    leaf, *pair = (read_one(one) for one in (name, *(f"{parent}{slash}{one}" for one in pair)))
+    return adapter.total(leaf, *pair, scale=adapted.alpha / adapted.R) if adapted else leaf
+
+  def read_one(name):
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda key, leaf: _like(leaf) if _name(key) == name else ..., described)
+    found = _load(path, dict(params=abstract))["params"]
+    leaf = next(leaf for key, leaf in jax.tree_util.tree_leaves_with_path(found) if _name(key) == name)
+    _check(path, "params", {name: leaf}, facts)
+    return leaf
+
+  return {name: shape for name, shape in shapes.items() if not adapter.is_factor(name)}, read
+
+
 def verify(path):
   """Reads every array of a checkpoint and compares fingerprints; returns how many were right."""
   path = saved.find(path)
@@ -166,6 +247,11 @@ def _described(path, name):
   if found.get(name) is None:
     raise saved.Damaged(f"{path} has no readable {name}: a part of it was removed; use another step")
   return found[name]
+
+
+def _like(leaf):
+  """What Orbax restores as a NumPy array: an array of that shape, of one number's memory."""
+  return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _compare(path, name, abstract, facts):
@@ -229,6 +315,18 @@ def _name(path):
 
 def _here():
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _frugal(context):
+  """For NumPy arrays that nobody changes meanwhile: no copy, and pieces that a shard can read alone.
+
+  Not compressed: fp32 weights would shrink by a tenth, in twice the time.
+  """
+  context.memory_options.deepcopy_host_arrays = False
+  context.array_options.saving.use_compression = False
+  context.memory_options.write_concurrent_bytes = 4 * CHUNK_BYTES
+  context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+  return context
 
 
 def _context(seconds=1200):

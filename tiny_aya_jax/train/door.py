@@ -26,7 +26,10 @@ def main(config, workdir):
 
 
 def check(config):
-  """Returns (plan, validation manifests or [], tokenizer); raises Refused for anything wrong."""
+  """Returns (plan, validation manifests or [], tokenizer); raises Refused for anything wrong.
+
+  Sets config.steps where config.epochs is given.
+  """
   fields.check(config)
   if not config.data.rows:
     raise run.Refused("config.data.rows is not set: give the folder of packed rows")
@@ -35,9 +38,13 @@ def check(config):
   manifests = loader.read_manifests(config.data.rows)
   tokenizer = tokenizers.load(config.tokenizer)
   validation = loader.read_manifests(config.data.validation) if config.data.validation else []
+  kind = loader.FIELDS if config.loss.kind == "next_token" else loader.SCORED
   for folder, found in ((config.data.rows, manifests), (config.data.validation, validation)):
     for manifest in found:
-      loader.check_fields(manifest)
+      loader.check_fields(manifest, (kind,) if found is manifests else (kind, loader.FIELDS))
+      if manifest["fields"] == loader.SCORED and manifest["pairs"] != config.loss.pairs:
+        raise run.Refused(f"{manifest['path']} has at most {manifest['pairs']} pairs a row, "
+                          f"config.loss.pairs is {config.loss.pairs}: set it to what pack was given")
     for manifest in found[:1]:  # read_manifests refuses mixtures of T or tokenizer
       if manifest["T"] != config.data.T:
         raise run.Refused(
@@ -53,6 +60,10 @@ def check(config):
     raise run.Refused(
         f"{config.tokenizer} has {tokenizer.size} ids, config.model.V only {config.model.V} rows"
     )
+  if config.epochs is not None:
+    config.steps = begins.steps(config, manifests)
+    run.say(f"{config.epochs:g} epochs are {config.steps} steps of {config.data.batch} rows")
+    fields.check(config)  # a schedule of so many steps
   return begins.plan(config, manifests), validation, tokenizer
 
 

@@ -21,6 +21,7 @@ def check(config):
 def _fields(config):
   run.choose_fields(config, "remat", "attention", "dtype", "matmul")
   run.choose("config.schedule.shape", config.schedule.shape, SHAPES)
+  run.choose("config.loss.kind", config.loss.kind, ("next_token", "dpo", "ipo"))
   run.choose("config.init_what", config.init_what, ("params", "state"))
   least = {"data.batch": 1, "data.T": 2, "data.threads": 0, "data.prefetch": 1, "loss.chunk": 1,
            "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
@@ -36,6 +37,10 @@ def _fields(config):
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
   _adapter(config.adapter)
+  if not 0 < config.loss.beta < math.inf:
+    raise run.Refused(f"config.loss.beta is {config.loss.beta}, expected more than 0")
+  if config.loss.kind != "next_token" and config.loss.pairs < 1:
+    raise run.Refused(f"config.loss.pairs is {config.loss.pairs}, expected at least 1: what pack was given")
   if not config.guard.sigma > 0:
     raise run.Refused(f"config.guard.sigma is {config.guard.sigma}, expected more than 0: how many "
                       "deviations make a spike; 'inf' applies every finite update")
@@ -55,6 +60,8 @@ def _fields(config):
     raise run.Refused("config.init_what is 'state' and config.init_from is not set: name the run "
                       "or checkpoint to fork from")
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+  if config.epochs is not None and not 0 < config.epochs < math.inf:
+    raise run.Refused(f"config.epochs is {config.epochs}, expected more than 0")
   if warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
     raise run.Refused(
         f"schedule: {warm} warm-up and {decay} decay steps do not fit into {config.steps} steps"

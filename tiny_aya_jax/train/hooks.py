@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import loader
 from tiny_aya_jax.evaluate import rollups
 from tiny_aya_jax.export import huggingface
-from tiny_aya_jax.model import adapter, bits
+from tiny_aya_jax.model import adapter, bits, preference
 from tiny_aya_jax.train import fields, metrics
 
 
@@ -29,27 +30,59 @@ class Hook(NamedTuple):
 
 
 def evaluation(config, workdir, mesh, model, validation, tokenizer):
-  """Bits per byte per language of the validation rows, at the start, at the end and between."""
-  languages = [manifest["language"] for manifest in validation]
-  score = bits.scorer(model, tokenizer.bytes_V, len(languages), chunk=config.loss.chunk)
+  """What the validation rows measure per language, at the start, at the end and between."""
+  of_pairs = validation[0]["fields"] == loader.SCORED
+  measure = _margins(config, mesh, model, validation) if of_pairs else _bits_per_byte(
+      config, workdir, mesh, model, validation, tokenizer)
 
   def evaluate(writer, at, params):
     rows = config.data.batch // config.accumulate  # at once: what fits when training fits here
     batches = loader.every_row_once(validation, rows, axes.process_part(mesh))
-    found = bits.evaluate(score, params, batches, mesh, languages)
-    column = {language: entry["bits_per_byte"] for language, entry in found.items()}
-    summary = rollups.summary(column, "lower", metrics.first_evaluation(workdir))
-    writer.write({"step": at, "from": config.init_from or "scratch", "evaluation": found,
-                  "summary": summary})
-    best, worst = min(column, key=column.get), max(column, key=column.get)
-    run.say(f"bits per byte: mean {summary['mean']:.4f} +- {summary['deviation']:.3f}, "
-            f"{best} {column[best]:.3f} .. {worst} {column[worst]:.3f}"
-            if not summary["missing"] else f"bits per byte: {summary['missing']} are not finite")
+    row, said = measure(params, batches)
+    writer.write({"step": at, "from": config.init_from or "scratch"} | row)
+    run.say(said)
 
   def due(start, at):
     return at == start + config.steps or (at - start) % config.evaluate_every == 0
 
   return Hook("evaluate", due, functools.partial(metrics.evaluated, workdir), evaluate)
+
+
+def _margins(config, mesh, model, validation):
+  """(params, batches) -> the row and the words for pairs: loss, margin, accuracy beside the reference."""
+  languages = [manifest["language"] for manifest in validation]
+  add = jax.jit(functools.partial(
+      preference.totals, model=model, config=config.loss, sources=len(languages)))
+
+  def measure(params, batches):
+    totals = None
+    for batch in batches:
+      totals = add(params, axes.place(mesh, batch), totals)
+    sums = jax.tree.map(np.asarray, totals)
+    found = metrics.by_language(languages, sums, "pairs")
+    whole = metrics.by_language(["all"] * len(languages), sums, "pairs")["all"]
+    said = ", ".join(f"{name} {whole[name]:.4f}" for name in ("loss", *metrics.OF_PAIRS))
+    return dict(evaluation=found, summary=whole), f"{whole['pairs']:.0f} held-out pairs: {said}"
+
+  return measure
+
+
+def _bits_per_byte(config, workdir, mesh, model, validation, tokenizer):
+  """(params, batches) -> the row and the words for text."""
+  languages = [manifest["language"] for manifest in validation]
+  score = bits.scorer(model, tokenizer.bytes_V, len(languages), chunk=config.loss.chunk)
+
+  def measure(params, batches):
+    found = bits.evaluate(score, params, batches, mesh, languages)
+    column = {language: entry["bits_per_byte"] for language, entry in found.items()}
+    summary = rollups.summary(column, "lower", metrics.first_evaluation(workdir))
+    best, worst = min(column, key=column.get), max(column, key=column.get)
+    said = (f"bits per byte: mean {summary['mean']:.4f} +- {summary['deviation']:.3f}, "
+            f"{best} {column[best]:.3f} .. {worst} {column[worst]:.3f}"
+            if not summary["missing"] else f"bits per byte: {summary['missing']} are not finite")
+    return dict(evaluation=found, summary=summary), said
+
+  return measure
 
 
 def export(config, workdir, tokenizer):

@@ -123,30 +123,42 @@ def first_evaluation(workdir):
 def window(sources, *reports):
   """Reports of consecutive steps (step.train_step) -> (what a line says of them, skipped).
 
-  One mean, over tokens; a step that was not finite is in none. skipped: (index, why, loss, grad_norm)
+  One mean, over tokens or pairs; a step that was not finite is in none. skipped: (index, why, loss, grad_norm)
   of each step whose update was not applied.
   """
   found = jax.tree.map(lambda *values: np.stack(values), *reports)
   skipped = [(index, guard.SAID[verdict], float(found["loss"][index]), float(found["grad_norm"][index]))
              for index, verdict in enumerate(found["verdict"].tolist()) if verdict]
   finite = found["verdict"] != guard.NOT_FINITE
-  loss, grad_norm, tokens, nats_S, tokens_S = (
-      found[name][finite].astype(np.float64) for name in ("loss", "grad_norm", "tokens", "nats_S", "tokens_S"))
-  mean = loss @ tokens / max(tokens.sum(), 1) if len(loss) else math.nan
+  loss, grad_norm, count = (
+      found[name][finite].astype(np.float64) for name in ("loss", "grad_norm", "count"))
+  counted = "pairs" if "pairs_S" in found else "tokens"
+  sums = {name.removesuffix("_S"): value[finite].astype(np.float64).sum(0)
+          for name, value in found.items() if name.endswith("_S")}
+  mean = loss @ count / max(count.sum(), 1) if len(loss) else math.nan
   return dict(
       loss=float(mean), grad_norm=float(grad_norm.mean()) if len(loss) else math.nan,
-      tokens=float(tokens.sum()), skipped=len(skipped),
-      languages=_by_language(sources, nats_S.sum(0), tokens_S.sum(0)),
+      **{counted: float(count.sum()), "skipped": len(skipped)},
+      **({name: float(sums[name].sum() / max(sums["pairs"].sum(), 1)) for name in OF_PAIRS}
+         if counted == "pairs" else {}),
+      languages=by_language([name.split("/")[0] for name in sources], sums, counted),
   ), skipped
 
 
-def _by_language(sources, nats_S, tokens_S):
-  languages = {}
-  for name, nats, tokens in zip(sources, nats_S.tolist(), tokens_S.tolist()):
-    entry = languages.setdefault(name.split("/")[0], [0.0, 0.0])
-    entry[0], entry[1] = entry[0] + nats, entry[1] + tokens
-  return {language: dict(loss=nats / tokens, tokens=tokens)
-          for language, (nats, tokens) in languages.items() if tokens}
+OF_PAIRS = ("margin", "accuracy", "chosen", "rejected")
+
+
+def by_language(languages, sums, counted):
+  """The language of each source, {name: sums per source} -> {language: {name: mean over `counted`}}."""
+  order = {language: row for row, language in enumerate(dict.fromkeys(languages))}
+  row_S, found = [order[language] for language in languages], {}
+  totals = {name: np.bincount(row_S, value, len(order)) for name, value in sums.items()}
+  for language, row in order.items():
+    count = float(totals[counted][row])
+    if count:
+      means = {name: float(total[row]) / count for name, total in totals.items() if name != counted}
+      found[language] = means | {counted: count}
+  return found
 
 
 def extremes(languages):

@@ -11,8 +11,8 @@ import optax
 
 from tiny_aya_jax import axes, chips
 from tiny_aya_jax.axes import axis_size, constrain
-from tiny_aya_jax.model import adapter, bits, losses
-from tiny_aya_jax.model.transformer import TinyAya
+from tiny_aya_jax.model import adapter, bits, losses, preference
+from tiny_aya_jax.model.transformer import TinyAya, hidden
 from tiny_aya_jax.train import fields, guard, optimizer
 
 
@@ -29,9 +29,7 @@ def step(config, rate, sources):
 
   rate: optax schedule. sources: how many the batch's source_B counts.
   """
-  loss = functools.partial(
-      next_token_loss, model=model(config), chunk=config.loss.chunk, z_loss=config.loss.z_loss
-  )
+  loss = functools.partial(LOSSES[config.loss.kind], model=model(config), config=config.loss)
   return jax.jit(
       functools.partial(
           train_step, loss=loss, tx=optimizer.adamw(config.optimizer, rate),
@@ -78,7 +76,9 @@ def batch(config, mesh):
   B, T = config.data.batch, config.data.T
   names = dict.fromkeys(("token_BT", "target_BT", "segment_BT", "position_BT"), jnp.int32)
   names |= dict(weight_BT=jnp.float32, source_B=jnp.int32, vote_P=jnp.int32)
-  sizes = dict(B=B, T=T, P=mesh.size)
+  if config.loss.kind != "next_token":
+    names |= dict(pair_BT=jnp.int32, side_BT=jnp.int32, reference_BJC=jnp.float32)
+  sizes = dict(B=B, T=T, P=mesh.size, J=config.loss.pairs, C=2)
   return {
       name: jax.ShapeDtypeStruct(
           [sizes[letter] for letter in axes.letters(name)], dtype, sharding=axes.activation(mesh, name)
@@ -87,15 +87,24 @@ def batch(config, mesh):
   }
 
 
-def next_token_loss(params, batch, *, model, chunk, z_loss):
-  """(sum, count, aux) of losses.next_token for one batch of packed rows."""
-  hidden_BTD = model.apply(
-      {"params": params}, batch["token_BT"], batch["segment_BT"], batch["position_BT"]
+def next_token_loss(params, batch, *, model, config):
+  """(sum, count, {"tokens", "loss": [B, T]}) of losses.next_token for one batch of packed rows."""
+  sum, count, aux = losses.next_token(
+      hidden(params, batch, model), params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
+      logit_scale=model.cfg.logit_scale, z_loss=config.z_loss, chunk=config.chunk,
   )
-  return losses.next_token(
-      hidden_BTD, params["embedding_VD"], batch["target_BT"], batch["weight_BT"],
-      logit_scale=model.cfg.logit_scale, z_loss=z_loss, chunk=chunk,
+  return sum, count, dict(tokens=batch["weight_BT"], loss=aux["nats_BT"])
+
+
+def preference_loss(params, batch, *, model, config):
+  """(sum, count, told [B, J]) of preference.preference for one batch of packed, scored pairs."""
+  return preference.preference(
+      hidden(params, batch, model), params["embedding_VD"], batch, logit_scale=model.cfg.logit_scale,
+      chunk=config.chunk, **{name: config[name] for name in preference.SETTINGS},
   )
+
+
+LOSSES = dict(next_token=next_token_loss, dpo=preference_loss, ipo=preference_loss)  # config.loss.kind
 
 
 # vote_P: what the process of a device asks all to do after this step; the largest wins, and every
@@ -109,32 +118,30 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
   They and the moments are of what is trained (adapter.split); the rest goes through as it is.
   state: {"step", "params", "optimizer", "guard"}. The batch is split into `accumulate` parts whose
   sums, not means, are added, so the result does not depend on how it is split. An update that
-  guard.judge does not want is not applied. metrics: loss in nats a token, grad_norm, tokens, verdict,
-  not_finite (steps in a row), vote, and nats_S, tokens_S per source.
+  guard.judge does not want is not applied. metrics: loss in nats a token (or a pair), grad_norm,
+  count of tokens (pairs), verdict, not_finite (steps in a row), vote, and what the loss tells, summed
+  per source: loss_S, tokens_S and the like.
   """
   trained, frozen = adapter.split(state["params"])
 
-  def part(carry, rows):
+  def part(rows):
     def summed(trained):
-      sum, count, aux = loss(adapter.join(trained, frozen), rows)
-      return sum, (count, aux["nats_BT"])
+      sum, count, told = loss(adapter.join(trained, frozen), rows)
+      return sum, (count, told)
 
-    (sum, (count, nats_BT)), grads = jax.value_and_grad(summed, has_aux=True)(trained)
-    per_source = dict(
-        nats_S=bits.by_source(nats_BT, rows["source_B"], sources),
-        tokens_S=bits.by_source(rows["weight_BT"], rows["source_B"], sources),
-    )
-    return jax.tree.map(jnp.add, carry, (grads, sum, count, per_source)), None
+    (sum, (count, told)), grads = jax.value_and_grad(summed, has_aux=True)(trained)
+    return grads, sum, count, {
+        f"{name}_S": bits.by_source(x, rows["source_B"], sources) for name, x in told.items()}
 
   rows = {name: x for name, x in batch.items() if name != "vote_P"}
-  zero = (
-      jax.tree.map(jnp.zeros_like, trained), jnp.float32(0), jnp.float32(0),
-      dict(nats_S=jnp.zeros(sources), tokens_S=jnp.zeros(sources)),
-  )
   if accumulate == 1:
-    (grads, sum, count, per_source), _ = part(zero, rows)
+    grads, sum, count, per_source = part(rows)
   else:
-    (grads, sum, count, per_source), _ = jax.lax.scan(part, zero, _microbatches(rows, accumulate))
+    parts = _microbatches(rows, accumulate)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                        jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts)))
+    (grads, sum, count, per_source), _ = jax.lax.scan(
+        lambda carry, rows: (jax.tree.map(jnp.add, carry, part(rows)), None), zero, parts)
   count = jnp.maximum(count, 1)
   grads = jax.tree.map(lambda grad: grad / count, grads)
   updates, moments = tx.update(grads, state["optimizer"], trained)
@@ -144,7 +151,7 @@ def train_step(state, batch, *, loss, tx, accumulate, sources, sigma):
   kept = jax.tree.map(functools.partial(guard.keep, verdict), updated,
                       dict(params=trained, optimizer=state["optimizer"]))
   kept["params"] = adapter.join(kept["params"], frozen)
-  report = dict(loss=sum / count, grad_norm=grad_norm, tokens=count, verdict=verdict,
+  report = dict(loss=sum / count, grad_norm=grad_norm, count=count, verdict=verdict,
                 not_finite=guarded["not_finite"], vote=batch["vote_P"].max(), **per_source)
   return kept | dict(step=state["step"] + 1, guard=guarded), jax.tree.map(constrain, report)
 

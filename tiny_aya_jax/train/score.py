@@ -1,0 +1,115 @@
+"""VERB score: packed pairs -> the same rows with the reference's log-probabilities of both answers.
+
+Once, before preference training: then no second model is in memory (model/preference.py). Writes
+WORKDIR/<stage>/<code>/<source> as pack does, whole or not at all; called again, it goes on with what
+is left. Score with the dtype and the attention that will train: then training begins at a margin of
+nothing but rounding.
+"""
+
+import functools
+import pathlib
+
+from tiny_aya_jax import run
+from tiny_aya_jax.data import loader, shards, tokenizer as tokenizers
+from tiny_aya_jax.train import saved
+
+# What needs jax is imported behind the checks: a wrong field is refused in a second.
+
+
+def main(config, workdir):
+  """Scores each source of `config.rows` under `config.checkpoint`; returns an exit code."""
+  path, meta, manifests = check(config)
+  inputs = {manifest["name"]: run.fingerprint(
+      [manifest["sha256"], _params(meta), config.dtype, config.attention, config.matmul])
+            for manifest in manifests}
+  stage = pathlib.Path(workdir) / config.stage
+  due = [manifest for manifest in manifests
+         if shards.hidden(stage / manifest["name"]).exists() or not run.up_to_date(
+             stage / manifest["name"] / "manifest.json", inputs[manifest["name"]], config.overwrite)]
+  if not due:
+    run.say(f"up to date: {stage}")
+    return run.EXIT["done"]
+  from tiny_aya_jax import processes
+
+  processes.join(config.heartbeat_seconds)
+  if processes.first():
+    for manifest in due:
+      shards.empty(shards.hidden(stage / manifest["name"]))
+  for manifest, reference_nJC in _references(config, path, meta, due):
+    if processes.first():
+      _write(stage / manifest["name"], manifest, reference_nJC, dict(
+          inputs=inputs[manifest["name"]], reference=dict(
+              step=meta["step"], params=_params(meta), dtype=config.dtype, attention=config.attention)))
+  processes.agreed(True)  # nobody ends while process 0 writes
+  run.say(f"scored {sum(manifest['documents'] for manifest in due):,} pairs of {len(due)} sources under "
+          f"{path}: {stage}")
+  return run.EXIT["done"]
+
+
+def check(config):
+  """Refuses what cannot be; -> (the checkpoint's folder, its meta, manifests of the pairs)."""
+  run.choose_fields(config, "dtype", "attention", "matmul")
+  run.plain_name("stage", config.stage)
+  for field in ("batch", "chunk"):
+    if config[field] < 1:
+      raise run.Refused(f"config.{field} is {config[field]}, expected at least 1")
+  path = saved.find(run.existing("checkpoint", config.checkpoint))
+  meta = saved.meta(path)
+  tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
+  manifests = loader.read_manifests(run.existing("rows", config.rows))
+  for manifest in manifests:
+    loader.check_fields(manifest, (loader.PAIRS,))
+  for what, found in ((path, meta["tokenizer_sha256"]), (config.rows, manifests[0]["tokenizer_sha256"])):
+    if found != tokenizer.sha256:
+      raise run.Refused(f"{what} was made with tokenizer {found[:12]}, {config.tokenizer} is "
+                        f"{tokenizer.sha256[:12]}")
+  return path, meta, manifests
+
+
+def _params(meta):
+  return run.fingerprint(meta["fingerprints"]["params"])
+
+
+def _references(config, path, meta, manifests):
+  """Yields (manifest, reference float32 [rows, J, C]) of each source, in order, on every process."""
+  import jax
+  import ml_collections
+  import numpy as np
+
+  from tiny_aya_jax import axes
+  from tiny_aya_jax.model import attention, preference
+  from tiny_aya_jax.model.transformer import TinyAya
+  from tiny_aya_jax.train import checkpoint, fields, proof
+
+  mesh, cfg = axes.mesh(**config.mesh.to_dict()), ml_collections.ConfigDict(meta["model"])
+  fields.check_batch(ml_collections.ConfigDict(
+      dict(data=dict(batch=config.batch, T=manifests[0]["T"]), accumulate=1)), mesh)
+  attention.refuse_unless_possible(
+      config.attention, config.dtype, cfg.H, mesh.devices.flat[0], mesh.shape["context"])
+  model = TinyAya(cfg, np.dtype(config.dtype), config.attention, matmul=config.matmul)
+  compute = jax.jit(functools.partial(
+      preference.references, model=model, J=manifests[0]["pairs"], chunk=config.chunk))
+  with jax.set_mesh(mesh):
+    proof.check_attention(ml_collections.ConfigDict(config.to_dict() | dict(model=meta["model"])), mesh)
+    params, _ = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
+    batches = loader.every_row_once(manifests, config.batch, axes.process_part(mesh))
+    rows = sum(manifest["rows"] for manifest in manifests)
+    held = np.empty((0, manifests[0]["pairs"], 2), np.float32)
+    waiting = iter(manifests)
+    manifest = next(waiting)
+    for batch in run.progress(batches, "score", total=-(-rows // config.batch)):
+      held = np.concatenate([held, np.asarray(compute(params, axes.place(mesh, batch)))])
+      while manifest and len(held) >= manifest["rows"]:
+        yield manifest, held[: manifest["rows"]]
+        held, manifest = held[manifest["rows"]:], next(waiting, None)
+
+
+def _write(folder, manifest, reference_nJC, more):
+  """The source's rows, each with its references behind it."""
+  hidden, rows = shards.hidden(folder), loader.in_order(manifest)
+  records = (rows[row] + reference_JC.astype("<f4").tobytes()
+             for row, reference_JC in enumerate(reference_nJC))
+  found = shards.write(records, hidden, max(shard["rows"] for shard in manifest["shards"]))
+  kept = {key: value for key, value in manifest.items() if key not in ("path", "name", "sha256")}
+  run.write_json(hidden / "manifest.json", kept | dict(fields=loader.SCORED, shards=found) | more)
+  shards.replace(folder, hidden)
