@@ -29,8 +29,7 @@ SIZES = ("", "small_", "tiny_")
 
 
 def get_config(variant="global"):
-  variants = [size + name for size in SIZES for name in ("global", *CLUSTERS)]
-  run.choose("variant", variant, [*variants, "adapter", "tiny_adapter"])
+  run.choose("variant", variant, [size + name for size in SIZES for name in ("global", "adapter", *CLUSTERS)])
   size, _, name = variant.rpartition("_")
   c = pretrain.get_config(size or "full")
   c.init_what = "params"
@@ -41,12 +40,6 @@ def get_config(variant="global"):
   c.epochs = 3.0  # report 3.2
   if not size:
     c.data.batch = 32  # report 3.2; unit not stated, rows here
-  if variant == "adapter":
-    c.adapter.rank = 16  # ours
-    c.schedule.update(peak=2.5e-4, final=1.2e-5)  # ours: ten times the report's, as factors begin at 0
-    c.mesh.fsdp = 1
-    c.accumulate = 32  # one row at a time
-    c.attention = "cudnn"  # of NVIDIA GPUs; "splash" on TPU
   if size == "small":  # ours: for models of a few million parameters
     c.schedule.update(peak=1e-3, final=5e-5, warmup_steps=10)
     c.epochs, c.steps = None, 73  # 300k tokens
@@ -55,8 +48,14 @@ def get_config(variant="global"):
     c.schedule.update(peak=2e-3, final=1e-4, warmup_steps=10)
     c.epochs, c.steps = None, 60
     c.log_every, c.evaluate_every, c.save_every = 20, 60, 60
-  if variant == "tiny_adapter":
-    c.adapter.rank = 8
+  if name == "adapter":
+    c.adapter.rank = 16  # ours
+    # ours: ten times the report's
+    c.schedule.update(peak=10 * c.schedule.peak, final=10 * c.schedule.final)
+    if not size:
+      c.mesh.fsdp = 1
+      c.accumulate = 32  # a row at a time
+      c.attention = "cudnn"  # of NVIDIA GPUs; "splash" on TPU
   return c
 
 

@@ -40,6 +40,11 @@ def factors(adapter):
           if adapter and name.partition("_")[0] in adapter.matrices}
 
 
+def is_factor(name):
+  """Whether a leaf of this name is an adapter's."""
+  return "R" in letters(name)
+
+
 def first(key, shape, dtype=np.float32):
   """Uniform within 1 / sqrt(inputs), as PEFT draws a first factor; the second is 0."""
   limit = math.prod(shape[:-1]) ** -0.5
@@ -49,7 +54,7 @@ def first(key, shape, dtype=np.float32):
 def split(params):
   """(trained, frozen) trees of params: adapters and all else; without adapters (params, {})."""
   flat = flatten_dict(params)
-  trained = {path: leaf for path, leaf in flat.items() if "R" in letters(path[-1])}
+  trained = {path: leaf for path, leaf in flat.items() if is_factor(path[-1])}
   if not trained:
     return params, {}
   return unflatten_dict(trained), unflatten_dict({path: flat[path] for path in flat.keys() - trained})
@@ -77,23 +82,24 @@ def merged(params, adapter):
     return params
   flat, scale, whole = flatten_dict(params), adapter.alpha / adapter.R, {}
   for path, leaf in flat.items():
-    if "R" not in letters(path[-1]):
+    if not is_factor(path[-1]):
       pair = [flat[*path[:-1], name] for name in factors(adapter).get(path[-1], ())]
-      whole[path] = _whole(functools.partial(_total, scale=scale), leaf, *pair)
+      whole[path] = _whole(functools.partial(total, scale=scale), leaf, *pair)
   return unflatten_dict(whole)
 
 
-def _whole(total, leaf, *pair):
+def _whole(compute, leaf, *pair):
   if not isinstance(leaf, jax.Array):
-    return total(leaf, *pair)
+    return compute(leaf, *pair)
   if not pair and leaf.dtype == np.float32:
     return leaf
-  whole = jax.jit(total, out_shardings=leaf.sharding)(leaf, *pair)
+  whole = jax.jit(compute, out_shardings=leaf.sharding)(leaf, *pair)
   leaf.delete()
   return whole
 
 
-def _total(matrix, *pair, scale):
+def total(matrix, *pair, scale):
+  """A leaf of all periods in fp32, plus scale times the product of its two factors, if it has them."""
   matrix = matrix.astype(np.float32)
   if not pair:
     return matrix

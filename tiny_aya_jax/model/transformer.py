@@ -134,7 +134,7 @@ class Period(nn.Module):
   backend: str
   remat: str
   matmul: str
-  adapter: Any
+  adapter: Any = None
 
   @nn.compact
   def __call__(self, x_BTD, segment_BT, position_BT):

@@ -168,7 +168,7 @@ def restore_apart(path, shardings=None):
 def leaves(path):
   """(shapes, read) of a checkpoint's params: {"a/b": shape}, and "a/b" -> NumPy array, verified.
 
-  A call reads one leaf; nothing is kept.
+  A call reads one leaf, and its adapter, which is merged; nothing is kept.
   """
   path, facts = saved.find(path), saved.meta(path)
   described = _described(path, "params")
@@ -176,7 +176,15 @@ def leaves(path):
   if odd := sorted(shapes.keys() ^ facts["fingerprints"]["params"].keys()):
     raise saved.Damaged(f"{path}: params is not what was saved in {len(odd)} arrays, e.g. {odd[0]}")
 
+  adapted = adapter.described(facts.get("adapter"))
+
   def read(name):
+    parent, slash, own = name.rpartition("/")
+    pair = adapter.factors(adapted).get(own, ())
+    leaf, *pair = (read_one(one) for one in (name, *(f"{parent}{slash}{one}" for one in pair)))
+    return adapter.total(leaf, *pair, scale=adapted.alpha / adapted.R) if adapted else leaf
+
+  def read_one(name):
     abstract = jax.tree_util.tree_map_with_path(
         lambda key, leaf: _like(leaf) if _name(key) == name else ..., described)
     found = _load(path, dict(params=abstract))["params"]
@@ -184,7 +192,7 @@ def leaves(path):
     _check(path, "params", {name: leaf}, facts)
     return leaf
 
-  return shapes, read
+  return {name: shape for name, shape in shapes.items() if not adapter.is_factor(name)}, read
 
 
 def verify(path):
