@@ -49,7 +49,8 @@ def test_every_language_is_learned_and_reported(out):
   result = json.loads((out / "report" / "evaluation.json").read_text())
   bits, days, *_ = result["measures"]
   columns = bits["columns"]
-  assert list(columns) == ["untrained", "pretrain", "cooldown", "sft"]
+  models = ["sft", "global", "earth", "fire", "water"]
+  assert list(columns) == ["untrained", "pretrain", "cooldown", *models]
   assert all(len(column) == 70 for column in columns.values())
   assert all(columns["cooldown"][code] < columns["untrained"][code] - 1 for code in columns["cooldown"])
   assert bits["summary"]["cooldown"]["mean"] < bits["summary"]["pretrain"]["mean"]
@@ -66,9 +67,27 @@ def test_the_model_card_shows_the_evaluation(out):
   assert page == (out / "report" / "report.html").read_text()
 
 
-def test_sft_learns_the_answers(out):
-  losses = [row["loss"] for row in run.read_lines(out / "sft" / "metrics.jsonl") if "loss" in row]
+@pytest.mark.parametrize("name", ["sft", "sft_earth", "sft_fire", "sft_water"])
+def test_sft_learns_the_answers(out, name):
+  losses = [row["loss"] for row in run.read_lines(out / name / "metrics.jsonl") if "loss" in row]
   assert losses[-1] < losses[0]
+
+
+def test_preferences_begin_at_log_2_and_the_margin_of_held_out_pairs_grows(out):
+  rows = [row for row in run.read_lines(out / "global" / "metrics.jsonl") if "evaluation" in row]
+  first, last = rows[0]["summary"], rows[-1]["summary"]
+  assert first["loss"] == pytest.approx(np.log(2), abs=1e-4) and abs(first["margin"]) < 1e-3
+  assert last["margin"] > 0.02 and last["loss"] < first["loss"] and last["pairs"] > 500
+
+
+@pytest.mark.parametrize("region", ["earth", "fire", "water"])
+def test_a_region_is_merged_with_global_by_what_was_measured(out, region):
+  found = json.loads((out / region / "merge.json").read_text())
+  assert [pathlib.Path(one["path"]).parents[1].name for one in found["checkpoints"]] == ["global", f"sft_{region}"]
+  scores = {row["candidate"]: row["objective"] for row in found["selection"]["candidates"]
+            if row["refused"] is None}
+  assert set(found["scores"]) == {"linear 0.5", "slerp 0.5", "ties 0.5"}
+  assert max(scores, key=scores.get) == found["selection"]["choice"]
 
 
 def test_running_it_again_trains_nothing_and_changes_nothing(out):
@@ -89,7 +108,7 @@ def test_an_export_that_lost_a_part_is_made_again(out):
   whole = weights.read_bytes()
   weights.write_bytes(whole[:1000])
   call = ["-m", "tiny_aya_jax", "export", "--config=experiments/export.py:tiny", f"--workdir={out}",
-          f"--config.checkpoint={out / 'sft'}", f"--config.tokenizer={out / 'tokenizer.model'}",
+          f"--config.checkpoint={out / 'global'}", f"--config.tokenizer={out / 'tokenizer.model'}",
           f"--config.report={out / 'report'}"]
   done = subprocess.run([sys.executable, *call], cwd=ROOT, check=False,
                         capture_output=True, text=True)
