@@ -210,7 +210,8 @@ def test_remat_and_scan_change_nothing(cfg, params, batch, eight, settings):
 
 def test_accumulation_changes_nothing(cfg, params, batch):
   loss = functools.partial(
-      step.next_token_loss, model=TinyAya(cfg, matmul="fp8"), chunk=8, z_loss=0.0)
+      step.next_token_loss, model=TinyAya(cfg, matmul="fp8"),
+      config=ml_collections.ConfigDict(dict(chunk=8, z_loss=0.0)))
   tx = optax.sgd(1.0)
   state = dict(step=jnp.int32(0), params=params, optimizer=tx.init(params), guard=guard.fresh(128))
   results = []
@@ -268,7 +269,7 @@ def curve(steps, **settings):
     sum, count, _ = step.next_token_loss(params, dict(
         token_BT=token_BT[:, :-1], target_BT=token_BT[:, 1:], segment_BT=ones_BT,
         position_BT=position_BT, weight_BT=ones_BT.astype(jnp.float32),
-    ), model=model, chunk=T, z_loss=0.0)
+    ), model=model, config=ml_collections.ConfigDict(dict(chunk=T, z_loss=0.0)))
     return sum / count
 
   def advance(state, token_BT):

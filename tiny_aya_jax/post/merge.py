@@ -365,9 +365,6 @@ def _input(field, place):
                  run.sha256(place / "tokenizer.json"), run.fingerprint([model, weights]))
   path = saved.find(place)
   meta = saved.meta(path)
-  if meta.get("adapter"):
-    raise run.Refused(f"{path} holds adapters beside their matrices, and a tensor is read at a time here: "
-                      "export it, which adds them, and give the folder")
   return Input(path, False, meta["model"], meta["T"], meta["tokenizer_sha256"],
                run.fingerprint([meta["model"], meta["fingerprints"]["params"]]))
 
