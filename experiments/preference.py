@@ -21,7 +21,7 @@ def get_config(variant="full"):
   c.loss.update(kind="dpo", beta=0.1, pairs=16)  # DPO's own beta (arXiv 2305.18290)
   c.data.mixture.update(kind="temperature", weights=(), languages=("all",), temperature=1.0)
   c.schedule.update(shape="linear", peak=1e-6, final=0.0, warmup_steps=10)  # tiny_aya.md 6.3: 5e-7 to 1e-6
-  c.epochs = 1.0
+  c.steps, c.epochs = None, 1.0
   c.evaluate_every, c.save_every = 50, 100
   if variant == "small":
     c.schedule.update(peak=1e-4, warmup_steps=4)

@@ -67,8 +67,9 @@ def get_config(variant="full"):
       shape="wsd", peak=2e-4, final=0.0, warmup_steps=2000,
       decay_steps=0,  # the cooldown is its own experiment (cooldown.py)
   ))
+  c.steps = config_dict.placeholder(int)
   c.steps = 2_861_023  # 6T tokens (report 2.2) at 2.1M a step
-  # Instead of steps: so many times the rows that the mixture draws from.
+  # Where steps is not set: so many times the rows that the mixture draws from.
   c.epochs = config_dict.placeholder(float)
   c.accumulate = 1
   c.log_every = 10

@@ -37,7 +37,7 @@ def get_config(variant="global"):
       kind="explicit", weights=weights(), temperature=1.0, keep=mask(name), within=(), absent="leave_out")
   c.schedule.update(shape="cosine", peak=2.5e-5, final=1.2e-6)  # report 3.2
   c.schedule.warmup_steps = 100  # ours: unpublished
-  c.epochs = 3.0  # report 3.2
+  c.steps, c.epochs = None, 3.0  # report 3.2
   if not size:
     c.data.batch = 32  # report 3.2; unit not stated, rows here
   if size == "small":  # ours: for models of a few million parameters

@@ -19,7 +19,10 @@ case "$size" in
     for folder in "$text" "$validation" ${instruct:+"$instruct" "$preference"}; do
       [ -d "$folder" ] || { echo "refused: '$folder' is not a folder of text by language" >&2; exit 65; }
     done
-    text=$(realpath "$text") validation=$(realpath "$validation") ;;
+    text=$(realpath "$text") validation=$(realpath "$validation")
+    if [ -n "$instruct" ]; then
+      instruct=$(realpath "$instruct") preference=$(realpath "$preference")
+    fi ;;
   *) echo "usage: bash launch/pipeline.sh tiny | small TEXT [VALIDATION [INSTRUCT PREFERENCE]]" >&2; exit 65 ;;
 esac
 out=$(realpath -m "${OUT:-$here/runs/$size}")
@@ -38,8 +41,8 @@ stage() {  # stage VERB EXPERIMENT WORKDIR FIELDS...: prints what it runs, and r
 }
 
 posttrain() {  # from $out/cooldown and $out/rows/{sft,sft_held_out,pairs,pairs_held_out} to four models
-  local sft=(data.rows="$out/rows/sft" "${beside[@]}") part region
-  stage train "sft.py:${size}_global" "$out/sft" init_from="$out/cooldown" "${sft[@]}"
+  local sft=(init_from="$out/cooldown" data.rows="$out/rows/sft") part region
+  stage train "sft.py:${size}_global" "$out/sft" "${sft[@]}" "${beside[@]}"
   for part in pairs pairs_held_out; do
     stage score "score.py:$size" "$out/rows" checkpoint="$out/sft" rows="$out/rows/$part" \
       stage="scored_$part" tokenizer="$tokenizer"
@@ -47,7 +50,7 @@ posttrain() {  # from $out/cooldown and $out/rows/{sft,sft_held_out,pairs,pairs_
   stage train "preference.py:$size" "$out/global" init_from="$out/sft" tokenizer="$tokenizer" \
     data.rows="$out/rows/scored_pairs" data.validation="$out/rows/scored_pairs_held_out"
   for region in earth fire water; do
-    stage train "sft.py:${size}_$region" "$out/sft_$region" init_from="$out/cooldown" "${sft[@]}"
+    stage train "sft.py:${size}_$region" "$out/sft_$region" "${sft[@]}" tokenizer="$tokenizer"
     stage merge "merge.py:${size}_$region" "$out/$region" base="$out/cooldown" tokenizer="$tokenizer" \
       checkpoints="('$out/global', '$out/sft_$region')" search.rows="$out/rows/sft_held_out" \
       search.safety="$out/rows/pairs_held_out"

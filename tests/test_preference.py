@@ -13,6 +13,7 @@ from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, text, tokenizer as tokenizers
 from tiny_aya_jax.model import preference
 from tiny_aya_jax.model.transformer import TinyAya, logits
+from tiny_aya_jax.train import saved
 
 LENGTHS = ((4, 5, 3, 4), (6, 7), (3, 3, 4, 4), (9, 8), (5, 4, 4, 3), (2, 3), (7, 6), (3, 4, 5, 6))
 J, T = 2, 20
@@ -81,14 +82,21 @@ def test_a_mesh_changes_nothing_and_at_the_reference_the_loss_is_log_2(cfg, para
   real = np.array(told["pairs"], bool)
   np.testing.assert_allclose(np.array(told["loss"])[real], np.log(2), rtol=1e-5)
   assert not np.array(told["loss"])[~real].any()
-  mesh = axes.mesh(data=2, fsdp=2, context=2)
+  mesh = axes.mesh(data=1, fsdp=2, tensor=2, context=2)
+
+  def loss(params, batch):
+    return ours(params, batch, cfg, **settings)[0]
+
+  expected, expected_gradient = jax.jit(jax.value_and_grad(loss))(params, pairs)
   with jax.set_mesh(mesh):
     spread = jax.device_put(params, axes.shardings(mesh, params))
     placed = axes.place(mesh, pairs)
-    total, _, _ = jax.jit(functools.partial(ours, cfg=cfg, **settings))(spread, placed)
+    total, gradient = jax.jit(jax.value_and_grad(loss))(spread, placed)
     elsewhere = jax.jit(functools.partial(
         preference.references, model=model, J=J, chunk=8))(spread, placed)
-  np.testing.assert_allclose(total, ours(params, pairs, cfg, **settings)[0], rtol=1e-5)
+  np.testing.assert_allclose(total, expected, rtol=1e-5)
+  for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient)):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max())
   np.testing.assert_allclose(elsewhere, reference_BJC, rtol=1e-5)
 
 
@@ -166,6 +174,20 @@ def test_score_writes_the_references_once_and_train_refuses_what_is_not_scored(
   assert "at most 2 pairs a row, config.loss.pairs is 16" in capsys.readouterr().err
   assert train(f"--config.data.rows={data / 'rows/train'}", "--config.loss.pairs=2") == 65
   assert "token, segment, weight, expected" in capsys.readouterr().err
+  wanted = [f"--config.data.rows={stage / 'scored'}", "--config.loss.pairs=2", "--config.show=1"]
+  assert train(*wanted) == 65  # it would be trained by another size
+  assert "is another model" in capsys.readouterr().err
+  sizes = [f"--config.model.{name}={value}" for name, value in saved.meta(place)["model"].items()]
+  assert train(*wanted, *sizes) == 0 and "_Latn/few, 2 segments" in capsys.readouterr().out
+  assert train(*wanted, *sizes, "--config.dtype=bfloat16") == 65
+  assert "scored with another dtype float32 (here bfloat16)" in capsys.readouterr().err
+  manifest = stage / "scored" / "wol_Latn" / "few" / "manifest.json"
+  found = run.read_json(manifest, "manifest")
+  run.write_json(manifest, found | dict(reference=found["reference"] | dict(params="0123456789abcdef")))
+  assert train(*wanted, *sizes) == 65
+  assert "another params 0123456789ab (here" in capsys.readouterr().err
+  assert train(*wanted, *sizes, "--config.loss.z_loss=0.1") == 65
+  assert "dpo has none" in capsys.readouterr().err
   hidden = stage / "scored" / "deu_Latn" / ".few.tmp"
   hidden.mkdir()  # as a killed score leaves it
   assert train(f"--config.data.rows={stage / 'scored'}", "--config.loss.pairs=2") == 65

@@ -201,8 +201,15 @@ def test_a_named_language_without_rows_is_refused_or_left_out():
     mixture.weights(dict(fra_Latn=5, deu_Latn=5), rule)
   share = mixture.weights(dict(fra_Latn=5, deu_Latn=5), rule | dict(absent="leave_out"))
   assert share == pytest.approx(dict(fra_Latn=0.625, deu_Latn=0.375))
-  with pytest.raises(run.Refused, match="names no language that has sources: there are sources of tur_Latn"):
-    mixture.weights(dict(tur_Latn=5), rule | dict(absent="leave_out"))
+  rule["absent"] = "leave_out"
+  for changed in (dict(), dict(kind="temperature", temperature=1.0, languages=("all",), weights=(),
+                               keep=(("Africa", 1.0),))):
+    with pytest.raises(run.Refused, match="names no language that has sources: there are sources of tur_Latn"):
+      mixture.weights(dict(tur_Latn=5), rule | changed)
+  with pytest.raises(run.Refused, match="sum to 0.8, expected 1"):
+    mixture.weights(dict(fra_Latn=5), rule | dict(weights=(("French", 0.5), ("German", 0.3))))
+  with pytest.raises(run.Refused, match="weight twice"):
+    mixture.weights(dict(fra_Latn=5), rule | dict(weights=(("French", 0.5), ("fra_Latn", 0.3), ("Wolof", 0.2))))
   with pytest.raises(run.Refused, match="unknown mixture absent 'leave': did you mean 'leave_out'"):
     mixture.weights(dict(fra_Latn=5), rule | dict(absent="leave"))
 

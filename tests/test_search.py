@@ -105,6 +105,9 @@ def test_a_search_that_cannot_be_is_refused_and_so_is_one_without_a_safe_candida
   for fields, said in (
       (["--config.search.candidates=(('slerpy', 0.5),)"], "did you mean 'slerp'"),
       (["--config.search.candidates=(('slerp', 1.5),)"], "strength 1.5"),
+      (["--config.search.candidates=('slerp', 0.5)"], "expected pairs of an operator"),
+      (["--config.search.minimum_weight=1.5"], "at least 0 and at most 1"),
+      (["--config.search.batch=0"], "config.search.batch is 0"),
       (["--config.search.candidates=(('ties', 0.5),)"], "ties needs config.base"),
       (["--config.search.languages=('French',)"], "have no rows in"),
       ([f"--config.search.safety={data / 'rows/train'}"], "of the fields token, segment, weight, expected"),
@@ -118,7 +121,7 @@ def test_a_search_that_cannot_be_is_refused_and_so_is_one_without_a_safe_candida
   fallen = iter((0.9, 0.5, 0.6, 0.7))
   assert searched(tmp_path, pair, data, f"--config.search.safety={safety}") == 65
   said = capsys.readouterr()
-  assert "keeps safety at 0.89" in said.err and "safety 0.7 is below" in said.out
+  assert "keeps safety at 0.8 " in said.err and "safety 0.7 is below" in said.out
   assert not saved.steps(tmp_path)
 
 

@@ -476,3 +476,27 @@ def test_an_evaluation_within_training_says_what_its_mean_hides(whole):
   assert list(last["summary"]["worst"])[0] == max(values, key=values.get)
   assert last["summary"]["by"]["region"].keys() == {"Europe", "West Asia", "South Asia", "Africa"}
   assert last["summary"]["deviation"] == pytest.approx(np.std(list(values.values())))
+
+
+def test_epochs_are_steps_of_the_rows_that_are_drawn_and_steps_win(data, tmp_path, capsys):
+  rows = sum(manifest["rows"] for manifest in loader.read_manifests(data / "rows/train")
+             if manifest["source"] == "instruct")
+
+  def shown(*more):
+    code = call("train", "sft.py:tiny_global", tmp_path, *fields(
+        data, "--config.data.mixture.within=(('instruct', 1.0),)", "--config.show=1",
+        "--config.init_what=params", "--config.epochs=3.0", *more))
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+  code, said = shown("--config.steps=7", "--config.schedule.warmup_steps=0")
+  assert code == 0 and "epochs are" not in said
+  config = run.load_config(str(ROOT / "experiments/sft.py") + ":global")
+  assert config.steps is None and config.epochs == 3.0
+  manifests = loader.read_manifests(data / "rows/train")
+  config.data.batch, config.data.mixture.within = 16, (("instruct", 1.0),)
+  config.steps = 1
+  assert begin.steps(config, manifests) == -(-3 * rows // 16)
+  config.data.mixture.kind = "unimaxx"
+  with pytest.raises(run.Refused, match="did you mean 'unimax'"):
+    begin.steps(config, manifests)

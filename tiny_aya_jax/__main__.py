@@ -12,8 +12,8 @@ from tiny_aya_jax import run
 VERBS = dict(
     clean=("tiny_aya_jax.data.clean", "raw text -> identified, filtered, deduplicated; a report"),
     vocab=("tiny_aya_jax.data.vocab", "weighted text -> SentencePiece model, tokenizer.json, fairness report"),
-    pack=("tiny_aya_jax.data.pack", "documents or conversations -> rows of T+1 tokens, manifest"),
-    train=("tiny_aya_jax.train.door", "rows -> checkpoints: pretraining, cooldown and SFT alike"),
+    pack=("tiny_aya_jax.data.pack", "documents, conversations or pairs -> rows of T+1 tokens, manifest"),
+    train=("tiny_aya_jax.train.door", "rows -> checkpoints: pretraining, cooldown, SFT and preference alike"),
     score=("tiny_aya_jax.train.score", "packed pairs -> with a reference's log-probabilities"),
     merge=("tiny_aya_jax.post.merge", "checkpoints and Hugging Face folders -> one model: linear, slerp, TIES"),
     synthesize=("tiny_aya_jax.post.synthesize", "other models -> translated prompts, fused answers, pairs"),

@@ -52,6 +52,10 @@ def main(config, workdir=None):
     raise run.Refused("config.topology is not set: give slices, for example v5e:4x4,v5p:2x2x4")
   targets = [chips.parse(name.strip()) for name in config.topology.split(",")]
   fields.check(config)
+  if config.steps is None:
+    if not config.data.rows:
+      raise run.Refused(f"config.epochs is {config.epochs:g}: give config.data.rows, or config.steps")
+    begin.settle_steps(config, loader.read_manifests(config.data.rows))
   if config.price is not None and not 0 < config.price < math.inf:
     raise run.Refused(f"config.price is {config.price}, expected USD a chip-hour, more than 0")
   _prepare()

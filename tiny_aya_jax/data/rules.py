@@ -103,19 +103,29 @@ def _of_present(rule, codes):
   """With absent "leave_out", the rule less what it says of languages that have no sources."""
   if rule["absent"] is None:
     return rule
-  rule = dict(rule)
+  given, rule = rule, dict(rule)
   for field in ("weights", "keep", "fixed"):
     if field in rule:
       rule[field] = tuple(pair for pair in rule[field]
                           if codes & set(languages.expand(pair[0].partition("/")[0])))
   if "languages" in rule:
     rule["languages"] = tuple(name for name in rule["languages"] if codes & set(languages.expand(name)))
-  if any(name in rule and not rule[name] for name in ("weights", "languages")):
+  if any(given.get(name) and not rule[name] for name in ("weights", "languages", "keep")):
     raise run.Refused("the mixture names no language that has sources: there are sources of "
                       + ", ".join(sorted(codes)))
   if "weights" in rule:
-    rule["weights"] = tuple(_total(dict(rule["weights"]), 1).items())
+    _check_total(given["weights"])
+    here = math.fsum(share for _, share in rule["weights"])
+    rule["weights"] = tuple((name, share / here) for name, share in rule["weights"])
   return rule
+
+
+def _check_total(weights):
+  total = math.fsum(share for _, share in weights)
+  if abs(total - 1) > TOLERANCE:
+    raise run.Refused(
+        f"the mixture weights sum to {total:.8g}, expected 1: divide each by {total:.8g}"
+    )
 
 
 def _check_left_out(sizes, rule):
@@ -285,11 +295,7 @@ def _buckets(sizes, alpha, by, reading, bucket_temperature):
 
 
 def _explicit(sizes, weights, alpha):
-  total = math.fsum(share for _, share in weights)
-  if abs(total - 1) > TOLERANCE:
-    raise run.Refused(
-        f"the mixture weights sum to {total:.8g}, expected 1: divide each by {total:.8g}"
-    )
+  _check_total(weights)
   share = {}
   for key, weight in weights:
     group = {name: sizes[name] for name in _sources_of(key, sizes)}

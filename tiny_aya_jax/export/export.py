@@ -43,7 +43,8 @@ def main(config, workdir):
   if folder.exists() and not (folder / "parity.json").exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
   evaluated = _evaluated(config.report, path) if config.report else None
-  made_of = [meta["fingerprints"]["params"], tokenizer.sha256, config.dtype, evaluated]
+  dtype = "float32" if apart else config.dtype
+  made_of = [meta["fingerprints"]["params"], tokenizer.sha256, dtype, evaluated]
   inputs = run.fingerprint([*made_of, "adapter"] if apart else made_of)
   if run.up_to_date(folder / "parity.json", inputs, config.overwrite) and _whole(folder):
     run.say(f"{folder}: up to date")
@@ -90,7 +91,10 @@ def _adapter(folder, path, cfg):
     raise run.Refused(f"{folder}: tensors differ from the checkpoint after reading back")
   beside = _predicted(params, cfg, adapter)
   whole = _predicted(adapters.merged(params, adapter), cfg)
-  return dict(tensors=len(back), dtype="float32", largest_logit_difference=float(np.abs(beside - whole).max()))
+  apart = float(np.abs(beside - whole).max())
+  if not apart <= 1e-3 * max(1.0, float(np.abs(whole).max())):
+    raise run.Refused(f"{folder}: logits beside the base differ from the merged model's by {apart:.1e}")
+  return dict(tensors=len(back), dtype="float32", largest_logit_difference=apart)
 
 
 def _whole(folder):

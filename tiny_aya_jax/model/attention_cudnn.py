@@ -115,7 +115,7 @@ def _row_by_row(*inputs, window):
   def row(inputs):
     return _fused(*(x[None] for x in inputs), window=window, most=SEGMENTS)[0]
 
-  return jax.lax.map(row, inputs)
+  return jax.lax.map(jax.checkpoint(row), inputs)  # else its residuals are kept beside the others'
 
 
 def _slow(q_BTNH, k_BSKH, v_BSKH, segment_BT, position_BT, *, window):

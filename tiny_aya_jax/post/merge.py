@@ -284,6 +284,8 @@ def main(config, workdir):
   for other in everything[1:]:
     begin.same_fields(other.path, other.model, inputs[0].model)
   sha256, texts = _tokenizer(config, everything)
+  if work:
+    search.check_tokenizer(work, sha256)
   facts = dict(
       inputs=run.fingerprint([recipe or [list(recipes.values()), search.fingerprint(config, work)],
                               [one.fingerprint for one in inputs], base and base.fingerprint,

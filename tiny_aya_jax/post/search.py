@@ -8,6 +8,7 @@ by similarity.py. One process; merges nothing itself.
 """
 
 import functools
+import math
 import statistics
 
 from tiny_aya_jax import languages, run
@@ -15,7 +16,7 @@ from tiny_aya_jax.data import loader, tokenizer as tokenizers
 from tiny_aya_jax.post import selection
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
-NEEDED = ("region", "languages", "minimum_weight", "tolerance", "batch", "chunk")
+LEAST = dict(minimum_weight=0, tolerance=0, batch=1, chunk=1, probe_tokens=1)
 
 
 def settings(operator, strength):
@@ -29,10 +30,12 @@ def check(config, reads):
   config: of the verb merge. reads: {operator: what it reads}, of which `base` is looked at.
   """
   asked = config.search
-  candidates = [tuple(pair) for pair in asked.candidates]
-  if not all(len(pair) == 2 and isinstance(pair[1], (int, float)) for pair in candidates):
+  candidates = list(asked.candidates)
+  if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
+             and isinstance(pair[1], (int, float)) for pair in candidates):
     raise run.Refused(f"config.search.candidates are {asked.candidates}, expected pairs of an operator and "
                       "a strength, such as (('linear', 0.3), ('slerp', 0.5))")
+  candidates = [selection.parsed(selection.candidate(*pair)) for pair in candidates]  # as they are named
   candidates += [selection.parsed(selection.NULL)] * (selection.parsed(selection.NULL) not in candidates)
   for operator, strength in candidates:
     run.choose("operator in config.search.candidates", operator, reads)
@@ -47,6 +50,16 @@ def check(config, reads):
                       "config.search.learn_from, the merge.json of earlier searches, to predict")
   if asked.learn_from and not asked.probe:
     raise run.Refused("config.search.learn_from predicts from the similarity on config.search.probe: set it")
+  if asked.safety and not asked.rows:
+    raise run.Refused("config.search.safety is measured beside config.search.rows: set them, or leave it out")
+  if asked.rows:
+    run.existing("tokenizer", config.tokenizer)
+  for name, least in LEAST.items():
+    if not least <= asked[name] < math.inf or name == "minimum_weight" and asked[name] > 1:
+      raise run.Refused(f"config.search.{name} is {asked[name]}, expected at least {least}"
+                        + " and at most 1" * (name == "minimum_weight"))
+  if not 0 < asked.ridge < math.inf:
+    raise run.Refused(f"config.search.ridge is {asked.ridge}, expected more than 0")
   run.choose_fields(asked, "dtype", "attention")
   found = {name: loader.read_manifests(asked[name]) if asked[name] else []
            for name in ("rows", "safety", "probe")}
@@ -60,8 +73,19 @@ def check(config, reads):
   if not codes:
     raise run.Refused(f"config.search.languages {asked.languages} have no rows in {asked.rows or asked.probe}")
   found["rows"] = [manifest for manifest in found["rows"] if manifest["language"] in codes]
-  return found | dict(candidates=candidates, languages=codes, earlier=selection.read_rows(asked.learn_from)
-                      if asked.learn_from else [])
+  earlier = selection.read_rows(asked.learn_from) if asked.learn_from else []
+  if asked.learn_from and not earlier:
+    raise run.Refused(f"config.search.learn_from {tuple(asked.learn_from)} hold no measured language of their "
+                      "probes: there is nothing to learn from")
+  return found | dict(candidates=candidates, languages=codes, earlier=earlier)
+
+
+def check_tokenizer(work, sha256):
+  """Refuses rows of another tokenizer than the models'."""
+  for manifest in (one for name in ("rows", "safety", "probe") for one in work[name]):
+    if manifest["tokenizer_sha256"] != sha256:
+      raise run.Refused(f"{manifest['path']} was packed with tokenizer {manifest['tokenizer_sha256'][:12]}, "
+                        f"the models have {sha256[:12]}: pack it again")
 
 
 def fingerprint(config, work):
@@ -69,7 +93,7 @@ def fingerprint(config, work):
   return [[manifest["sha256"] for name in ("rows", "safety", "probe") for manifest in work[name]],
           work["candidates"], work["languages"], work["earlier"],
           {name: value for name, value in config.search.to_dict().items()
-           if name not in ("rows", "safety", "probe", "learn_from", "batch", "chunk")}]
+           if name not in ("rows", "safety", "probe", "learn_from", "batch", "chunk", "mesh")}]
 
 
 def decide(config, work, cfg, models, base, merged, workdir, key):

@@ -67,6 +67,9 @@ def _resume(config, path, plan, tokenizer):
   _same_adapter(path, meta, config)
   _same_length(path, meta, config)
   done = meta["step"] - meta["start"]
+  if config.epochs is not None and data["batch"] != config.data.batch:
+    raise run.Refused(f"{path} read {data['batch']} rows a step, and config.epochs counts {config.data.batch} "
+                      "from the first: keep the batch, or set config.steps")
   if config.steps < done:
     raise run.Refused(f"{path} has {done} steps behind it, config.steps is {config.steps}")
   changes = _changes(trained(meta), facts(config)) + _changed_steps(meta, config, done)
@@ -158,9 +161,21 @@ def plan(config, manifests):
   return mixture.plan(manifests, rule(config, manifests))
 
 
+def settle_steps(config, manifests):
+  """Sets config.steps to those of config.epochs, if only these are set; else epochs are not read."""
+  if config.steps is not None:
+    config.epochs = None
+    return
+  config.steps = 1  # to read the plan with; only a budget depends on it
+  config.steps = steps(config, manifests)
+  run.say(f"{config.epochs:g} epochs are {config.steps} steps of {config.data.batch} rows")
+  fields.check(config)  # a schedule of so many steps
+
+
 def steps(config, manifests):
   """The steps of config.epochs: so many times the rows of the sources that are drawn from."""
-  if "budget" in rules.READS[config.data.mixture.kind] and config.data.mixture.budget is None:
+  kind = run.choose("mixture kind", config.data.mixture.kind, rules.READS)
+  if not config.data.plan and "budget" in rules.READS[kind] and config.data.mixture.budget is None:
     raise run.Refused("config.epochs says how many steps, and the budget of this mixture is what the steps "
                       "hold: set config.data.mixture.budget, or config.steps")
   drawn = mixture.drawn(plan(config, manifests))
@@ -202,7 +217,7 @@ def facts(config):
   """What a resume may change only with accept_change."""
   return dict(schedule=config.schedule.to_dict(), optimizer=config.optimizer.to_dict(),
               batch=config.data.batch, seed=config.data.seed, z_loss=config.loss.z_loss,
-              loss={name: config.loss[name] for name in LOSS},
+              loss={name: config.loss[name] for name in LOSS[: None if config.loss.kind != "next_token" else 1]},
               dtype=config.dtype, matmul=config.matmul,
               guard=dict(window=config.guard.window, sigma=config.guard.sigma))
 
@@ -211,7 +226,7 @@ def trained(meta):
   """The `facts` of a checkpoint; where it is older than a field, all that there was before it."""
   optimizer = meta["run"]["optimizer"]
   adamw = dict(mu_dtype="float32") | optimizer["adamw"]
-  none = dict(matmul="dtype", loss=dict(zip(LOSS, ("next_token", 0.1, False))), guard=dict(window=128, sigma=math.inf))
+  none = dict(matmul="dtype", loss=dict(kind="next_token"), guard=dict(window=128, sigma=math.inf))
   return none | meta["run"] | dict(optimizer=optimizer | dict(adamw=adamw))
 
 

@@ -8,6 +8,8 @@ from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, show, tokenizer as tokenizers
 from tiny_aya_jax.train import begin as begins, fields, saved
 
+SCORED_WITH = ("dtype", "attention", "matmul")  # what changes a log-probability beside the parameters
+
 
 def main(config, workdir):
   """The verb: checks, shows rows if config.show asks for them, else trains."""
@@ -17,6 +19,7 @@ def main(config, workdir):
   except saved.Damaged:  # train falls back to an older one, once nobody else can be saving
     if config.show is not None or not saved.steps(workdir):
       raise
+  _same_reference(config, begin, validation)
   if config.show is not None:
     print(_next_rows(config, begin, tokenizer))
     return run.EXIT["done"]
@@ -25,10 +28,23 @@ def main(config, workdir):
   return train.main(config, workdir, plan, validation, tokenizer)
 
 
+def _same_reference(config, begin, validation):
+  """Refuses pairs that were scored by another model than the one that is to be tuned, or otherwise."""
+  if config.loss.kind == "next_token" or not begin.origin or config.data.accept_change:
+    return
+  ours = dict(params=begin.origin["params"], **{name: config[name] for name in SCORED_WITH})
+  for manifest in (*loader.planned(begin.plan), *validation):
+    theirs = manifest.get("reference", ours)
+    if odd := [f"{name} {str(theirs.get(name))[:12]} (here {str(ours[name])[:12]})"
+               for name in ours if theirs.get(name) != ours[name]]:
+      raise run.Refused(f"{manifest['path']} was scored with another {', '.join(odd)}: score the pairs with "
+                        "init_from and as it is trained, or accept it with --config.data.accept_change=True")
+
+
 def check(config):
   """Returns (plan, validation manifests or [], tokenizer); raises Refused for anything wrong.
 
-  Sets config.steps where config.epochs is given.
+  Sets config.steps where only config.epochs is given.
   """
   fields.check(config)
   if not config.data.rows:
@@ -60,10 +76,7 @@ def check(config):
     raise run.Refused(
         f"{config.tokenizer} has {tokenizer.size} ids, config.model.V only {config.model.V} rows"
     )
-  if config.epochs is not None:
-    config.steps = begins.steps(config, manifests)
-    run.say(f"{config.epochs:g} epochs are {config.steps} steps of {config.data.batch} rows")
-    fields.check(config)  # a schedule of so many steps
+  begins.settle_steps(config, manifests)
   return begins.plan(config, manifests), validation, tokenizer
 
 

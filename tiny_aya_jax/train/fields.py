@@ -29,7 +29,10 @@ def _fields(config):
            "guard.save_seconds": 1, "guard.heartbeat_seconds": 1, "guard.not_finite": 1,
            "guard.failed_saves": 1}
   least |= dict.fromkeys(
-      ("steps", "accumulate", "save_every", "evaluate_every", "log_every", "keep", "unroll"), 1)
+      ("accumulate", "save_every", "evaluate_every", "log_every", "keep", "unroll"), 1)
+  if config.steps is None and config.epochs is None:
+    raise run.Refused("config.steps is not set, nor is config.epochs: give one of them")
+  least |= dict(steps=1) if config.steps is not None else {}
   for name, smallest in least.items():
     group, _, field = name.rpartition(".")
     value = (config[group] if group else config)[field]
@@ -39,6 +42,8 @@ def _fields(config):
   _adapter(config.adapter)
   if not 0 < config.loss.beta < math.inf:
     raise run.Refused(f"config.loss.beta is {config.loss.beta}, expected more than 0")
+  if config.loss.kind != "next_token" and config.loss.z_loss:
+    raise run.Refused(f"config.loss.z_loss is {config.loss.z_loss}, and {config.loss.kind} has none: set it to 0")
   if config.loss.kind != "next_token" and config.loss.pairs < 1:
     raise run.Refused(f"config.loss.pairs is {config.loss.pairs}, expected at least 1: what pack was given")
   if not config.guard.sigma > 0:
@@ -62,7 +67,7 @@ def _fields(config):
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
   if config.epochs is not None and not 0 < config.epochs < math.inf:
     raise run.Refused(f"config.epochs is {config.epochs}, expected more than 0")
-  if warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
+  if config.steps is not None and warm + (decay if config.schedule.shape == "wsd" else 0) > config.steps:
     raise run.Refused(
         f"schedule: {warm} warm-up and {decay} decay steps do not fit into {config.steps} steps"
     )

@@ -115,7 +115,7 @@ def evaluated(workdir, step):
 def first_evaluation(workdir):
   """{language: bits per byte} of the first evaluation in a workdir's metrics; None if there is none."""
   for row in run.read_lines(pathlib.Path(workdir) / "metrics.jsonl"):
-    if "evaluation" in row:
+    if all("bits_per_byte" in entry for entry in row.get("evaluation", {"": {}}).values()):
       return {code: entry["bits_per_byte"] for code, entry in row["evaluation"].items()}
   return None
 

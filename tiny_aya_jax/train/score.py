@@ -18,7 +18,7 @@ from tiny_aya_jax.train import saved
 
 def main(config, workdir):
   """Scores each source of `config.rows` under `config.checkpoint`; returns an exit code."""
-  path, meta, manifests = check(config)
+  path, meta, manifests = check(config, workdir)
   inputs = {manifest["name"]: run.fingerprint(
       [manifest["sha256"], _params(meta), config.dtype, config.attention, config.matmul])
             for manifest in manifests}
@@ -26,12 +26,19 @@ def main(config, workdir):
   due = [manifest for manifest in manifests
          if shards.hidden(stage / manifest["name"]).exists() or not run.up_to_date(
              stage / manifest["name"] / "manifest.json", inputs[manifest["name"]], config.overwrite)]
-  if not due:
-    run.say(f"up to date: {stage}")
-    return run.EXIT["done"]
   from tiny_aya_jax import processes
 
   processes.join(config.heartbeat_seconds)
+  if processes.told([meta["step"]]) != [meta["step"]]:
+    raise OSError(f"{path} is not the step that process 0 sees")
+  due = [manifests[index] for index in processes.told([manifests.index(one) for one in due])]
+  if others := sorted({"/".join(found.parts[-3:-1]) for found in stage.glob("*/*/manifest.json")}
+                      - inputs.keys()):
+    run.say(f"{stage} also holds {len(others)} sources that {config.rows} lacks, and training draws from "
+            f"them: {', '.join(others)}; remove their folders if they are stale")
+  if not due:
+    run.say(f"up to date: {stage}")
+    return run.EXIT["done"]
   if processes.first():
     for manifest in due:
       shards.empty(shards.hidden(stage / manifest["name"]))
@@ -39,14 +46,15 @@ def main(config, workdir):
     if processes.first():
       _write(stage / manifest["name"], manifest, reference_nJC, dict(
           inputs=inputs[manifest["name"]], reference=dict(
-              step=meta["step"], params=_params(meta), dtype=config.dtype, attention=config.attention)))
+              step=meta["step"], params=_params(meta), dtype=config.dtype, attention=config.attention,
+              matmul=config.matmul)))
   processes.agreed(True)  # nobody ends while process 0 writes
   run.say(f"scored {sum(manifest['documents'] for manifest in due):,} pairs of {len(due)} sources under "
           f"{path}: {stage}")
   return run.EXIT["done"]
 
 
-def check(config):
+def check(config, workdir):
   """Refuses what cannot be; -> (the checkpoint's folder, its meta, manifests of the pairs)."""
   run.choose_fields(config, "dtype", "attention", "matmul")
   run.plain_name("stage", config.stage)
@@ -59,6 +67,8 @@ def check(config):
   manifests = loader.read_manifests(run.existing("rows", config.rows))
   for manifest in manifests:
     loader.check_fields(manifest, (loader.PAIRS,))
+  if (pathlib.Path(workdir) / config.stage).resolve() == pathlib.Path(config.rows).resolve():
+    raise run.Refused(f"config.stage {config.stage} is config.rows itself: give another name")
   for what, found in ((path, meta["tokenizer_sha256"]), (config.rows, manifests[0]["tokenizer_sha256"])):
     if found != tokenizer.sha256:
       raise run.Refused(f"{what} was made with tokenizer {found[:12]}, {config.tokenizer} is "
