@@ -46,7 +46,7 @@ def get_config(variant="global"):
     c.log_every, c.evaluate_every, c.save_every = 25, 10_000, 100
   if size == "tiny":
     c.schedule.update(peak=2e-3, final=1e-4, warmup_steps=10)
-    c.epochs, c.steps = None, 60
+    c.epochs, c.steps = None, 60 if name == "global" else 30
     c.log_every, c.evaluate_every, c.save_every = 20, 60, 60
   if name == "adapter":
     c.adapter.rank = 16  # ours
