@@ -294,8 +294,8 @@ def _claimed(sign, record):
     finally:
       if record.exists():
         sign.unlink(missing_ok=True)
-  with contextlib.suppress(OSError):  # other parts are at work
-    sign.parent.rmdir()
+        with contextlib.suppress(OSError):  # other parts are at work
+          sign.parent.rmdir()
 
 
 def _opened(sign):
