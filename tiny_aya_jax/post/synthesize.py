@@ -148,8 +148,8 @@ def _check_translate(settings, config):
       raise run.Refused("config.part with config.translate.dev would pay for the dev set in every "
                         "part: run it once, then give its WORKDIR/scores.json as translate.scores")
     if bool(settings.estimator.endpoint) == bool(settings.estimator.command):
-      raise run.Refused(f"config.translate.estimator has the endpoint {settings.estimator.endpoint} and "
-                        f"the command {settings.estimator.command}, expected one of them: for a "
+      raise run.Refused(f"config.translate.estimator has the endpoint {settings.estimator.endpoint} "
+                        f"and the command {settings.estimator.command}, expected one of them: for a "
                         "command, set --config.translate.estimator.endpoint=")
     if settings.dev_items < 1:
       raise run.Refused(f"config.translate.dev_items is {settings.dev_items}, expected at least 1")
