@@ -33,17 +33,17 @@ def get_config(variant="translate"):
   run.choose("variant", variant, VARIANTS)
   c = ConfigDict()
   c.recipe = variant
-  c.text = config_dict.placeholder(str)  # DIR/<code>[/<source>]/*.jsonl, DIR/*.jsonl with "lang"
   c.languages = ("all",)  # of the text; of pairs, those that pairs are made in
-  c.limit = 0  # records a language, the first ones; 0: all
   c.name = config_dict.placeholder(str)  # of the folder in <code>/; absent: the recipe
   c.part = (0, 1)  # (i, n): every n-th item from the i-th, by n processes on one workdir
-  c.identifier = "py3langid"  # or a fastText model file, such as GlotLID v3's (the report: FastText)
-  c.margin, c.script_share = 3.0, 0.3  # as clean.py's
   c.overwrite = False  # also asks again what failed in a finished run
   c[variant] = dict(translate=translate, transform=transform, fuse=fuse, filter=filter_pairs,
                     pairs=pairs)[variant]()
   if variant != "pairs":
+    c.text = config_dict.placeholder(str)  # DIR/<code>[/<source>]/*.jsonl, DIR/*.jsonl with "lang"
+    c.limit = 0  # records a language, the first ones; 0: all
+    c.identifier = "py3langid"  # or a fastText model file, such as GlotLID v3's (the report: FastText)
+    c.margin, c.script_share = 3.0, 0.3  # as clean.py's
     c.endpoints = ConfigDict(dict(  # the report's models (section 2.3), served by whoever serves them
         command=endpoint("CohereLabs/command-a-translate-08-2025" if variant in ("translate", "filter")
                          else "CohereLabs/c4ai-command-a-03-2025"),

@@ -220,7 +220,7 @@ def write_text(path, text):
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-  except OSError:
+  except BaseException:
     temporary.unlink(missing_ok=True)
     raise
 

@@ -193,6 +193,15 @@ def _folder(source):
   for sign in (CLEANING, SYNTHESIS):
     if (folder / sign).exists():
       raise run.Refused(f"{source} is not whole: {sign[1:]} is at work in it or was killed; run it again")
+  digits = "[0-9]" * 5
+  made = [int(path.stem[-5:]) for path in folder.glob(f"synthesis-{digits}-of-{digits}.json")]
+  made += [1] * (folder / "synthesis.json").exists()
+  if made and set(made) != {len(made)}:
+    raise run.Refused(
+      f"{source} is not whole: it has {len(made)} finished parts of synthesize, of runs in "
+      f"{' and '.join(map(str, sorted(set(made))))} parts: make the missing ones, or remove what was "
+      "made with another config.part (synthesis*.json and */*/rows*.jsonl)"
+    )
   return folder
 
 

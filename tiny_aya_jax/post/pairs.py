@@ -8,6 +8,7 @@ a JSON file {code: [[question, answer], ...]}, an answer with some of {name}, {m
 
 import json
 import pathlib
+import unicodedata
 import zlib
 
 from tiny_aya_jax import languages, run
@@ -123,6 +124,8 @@ def _safety(line):
     return None, dict(why=f"{type(error).__name__}: {error}")
   if not all(isinstance(said, str) and said.strip() for said in record.values()):
     return code, dict(why="a field is empty or no text")
+  if any(unicodedata.category(letter) == "Cs" for said in record.values() for letter in said):
+    return code, dict(why="a field holds half a surrogate pair, which UTF-8 cannot write")
   if record["safe"].strip() == record["unsafe"].strip():
     return code, dict(why="both answers are the same")
   return code, record

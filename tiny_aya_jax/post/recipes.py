@@ -7,6 +7,7 @@ the same record. A reply is (text or value, None), or (None, why).
 """
 
 import hashlib
+import math
 from typing import Callable, NamedTuple
 
 from tiny_aya_jax import run
@@ -61,23 +62,23 @@ def translate(item, tools):
   messages = item.record["messages"]
   if tools.settings.what == "prompts":
     messages = _until_user(messages)
-  spoken = [at for at, message in enumerate(messages) if message["content"].strip()]
-  asked = [prompts.translation(messages[at]["content"], messages[:at], item.code, item.target)
-           for at in spoken]
+  asked = [prompts.translation(message["content"], messages[:at], item.code, item.target)
+           for at, message in enumerate(messages)]
   endpoint = tools.models[item.target]
   replies = yield [Ask(endpoint, _user(content)) for content, _ in asked]
-  translated = [dict(message) for message in messages]
-  for at, reply, (_, mark) in zip(spoken, replies, asked, strict=True):
-    text, source = _text(reply, mark), messages[at]["content"]
-    _refuse_translation(source, text, item.target, tools)
-    translated[at]["content"] = text
+  translated = []
+  for message, reply, (_, mark) in zip(messages, replies, asked, strict=True):
+    text = _text(reply, mark)
+    _refuse_translation(message["content"], text, item.target, tools)
+    translated.append(message | dict(content=text))
   return dict(messages=translated, model=endpoint)
 
 
 def _refuse_translation(source, text, code, tools):
   if checks.copied(source, text):
     raise Ended("dropped", "a copy", text[:60])
-  if len(source) >= checks.SHORT and checks.length_ratio(source, text) > tools.settings.longest:
+  # A short text may well become twice as long, but not an answer to it.
+  if checks.length_ratio(source.ljust(checks.SHORT), text.ljust(checks.SHORT)) > tools.settings.longest:
     raise Ended("dropped", "length", f"{len(source)} characters became {len(text)}")
   _refuse_text(text, code, tools)
 
@@ -228,8 +229,7 @@ def _sound(item, source, target, code, tools):
 def _refuse_rules(source, target, settings):
   if checks.copied(source, target):
     raise Ended("dropped", "a copy", target[:60])
-  if min(len(source), len(target)) < 1 or (
-      max(len(source), len(target)) >= checks.SHORT
+  if (max(len(source), len(target)) >= checks.SHORT
       and checks.length_ratio(source, target) > settings.longest):
     raise Ended("dropped", "length", f"{len(source)} and {len(target)} characters")
   if checks.shared_digits(source, target) < settings.digits:
@@ -249,9 +249,11 @@ def _score(item, hook, source, target, code, tools):
   """The score that a hook gives, or None where the config names none."""
   settings = tools.settings[hook]
   if hook in tools.scores:
-    if item.name not in tools.scores[hook]:
-      raise Ended("failed", hook, f"{settings.file} has no score of this item")
-    return tools.scores[hook][item.name]
+    name = item.name.removesuffix(f" from {item.code}") if item.back else item.name  # the original's
+    score = tools.scores[hook].get(name, math.nan)
+    if math.isnan(score):
+      raise Ended("failed", hook, f"{settings.file} has no score of {name}")
+    return score
   if not settings.endpoint and not settings.command:
     return None
   ((score, why),) = yield [rating_ask(hook, settings, source, target, code, item.target)]

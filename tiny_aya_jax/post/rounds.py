@@ -1,7 +1,7 @@
 """Plays recipes: the asks of all items, endpoint by endpoint side by side, round after round.
 
 Not a scheduler: a round ends when its slowest endpoint has answered, and there are as many rounds as
-the longest recipe has steps (six). What a killed run had been answered lies in the clients' caches,
+the longest recipe has steps (four). What a killed run had been answered lies in the clients' caches,
 so a new run plays the same rounds and pays only for what is missing.
 """
 
@@ -66,9 +66,10 @@ def _ask_all(asker, readers, asks, done):
 class Endpoint:
   """A client and what is added to each of its requests: called, it answers a list of them."""
 
-  def __init__(self, asker, fields):
-    """asker: a client.Client; fields: of a request's body."""
-    self.client, self.fields = asker, fields
+  def __init__(self, asker, fields, borrowed=frozenset()):
+    """asker: a client.Client; fields: of a request's body; borrowed: keys of answers in its cache
+    that others have paid for."""
+    self.client, self.fields, self.borrowed = asker, fields, borrowed
 
   def __call__(self, requests, read):
     requests = [_merged(request, self.fields) for request in requests]
@@ -78,8 +79,8 @@ class Endpoint:
             for answer in self.client.answers(requests)]
 
   def paid(self):
-    """Tokens and money of all answers that are kept, of this run and of earlier ones."""
-    rows = self.client.cache.rows.values()
+    """Tokens and money of all answers that this part has paid for, now and in earlier runs."""
+    rows = [row for key, row in self.client.cache.rows.items() if key not in self.borrowed]
     tokens = [sum(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens")]
     money = sum(n * price for n, price in zip(tokens, self.client.prices)) / 1e6
     return dict(answers=len(rows), prompt_tokens=tokens[0], completion_tokens=tokens[1], money=money)

@@ -3,7 +3,8 @@
   WORKDIR/<code>/<recipe>/*.jsonl   conversations that pack reads; of `pairs` chosen and rejected
   WORKDIR/ledger.ndjson             every item, in exactly one state: kept, dropped or failed
   WORKDIR/synthesis.json            counts, what was spent, the choice of translators, versions
-  WORKDIR/answers/<endpoint>.ndjson every answer that was paid for; nothing is asked twice
+  WORKDIR/answers/<endpoint>.ndjson every answer that was paid for; nothing is asked twice of one url
+                                    and model: at another url all is paid for again
 
 The output is a function of the text, the config and the answers: a killed run, started again, plays
 the same items and pays for what is missing. Files are written when all is known, each atomically,
@@ -12,9 +13,10 @@ items failed asks those again with config.overwrite=True; the others are answere
 
 Scale: serve open models with `vllm serve` (over several nodes: its own Ray backend) behind one url,
 raise an endpoint's concurrency, and start n processes with config.part=(0, n) to (n-1, n) on one
-WORKDIR. datatrove's inference pipeline is not underneath: a runner of its has one model, where
-fusion has four and translation a choice; a request that fails ends its task, rates and prices are
-unknown to it, and its cache is deleted when it is done.
+WORKDIR; each reads what the others, or those of another n, have paid for. datatrove's inference
+pipeline is not underneath: a runner of its has one model, where fusion has four and translation a
+choice; a request that fails ends its task, rates and prices are unknown to it, and its cache is
+deleted when it is done.
 """
 
 import collections
@@ -25,6 +27,7 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
+import re
 
 from tiny_aya_jax import client, languages, run
 from tiny_aya_jax.data import text
@@ -48,12 +51,11 @@ def main(config, workdir):
   if not sign.exists() and run.up_to_date(record, inputs, config.overwrite) and _whole(record, workdir):
     run.say(f"{record}: up to date")
     return
-  with _claimed(sign):
+  with _claimed(sign, record):
     identifier = _identifier(config)
-    items = list(itertools.islice(_items(config, identifier), *_slice(config.part)))
-    if not items:
-      raise run.Refused(f"{config.text} has nothing for config.languages {config.languages}")
-    askers |= _commands(config)
+    items = _of_part(config, identifier)
+    # Read under the claim: another process may have bought answers until then.
+    askers = check(config, workdir) | _commands(config)
     wrong = functools.partial(_wrong, config, identifier)
     settings = config[config.recipe]
     tools = recipes.Tools(settings, wrong, {}, _scores(settings))
@@ -64,7 +66,7 @@ def main(config, workdir):
     result = dict(inputs=inputs, recipe=config.recipe, part=list(config.part), choice=choice)
     result |= _write(items, played, config, workdir)
     result |= dict(spent=_spent(askers), prompts=run.sha256(prompts.__file__),
-                   identifier=_version(config.identifier), unseen=_unseen(items, identifier),
+                   identifier=_version(config.get("identifier")), unseen=_unseen(items, identifier),
                    **run.provenance(config))
     run.write_json(record, result)  # last: its presence says that all is there
   for line in table(result):
@@ -90,6 +92,8 @@ def check(config, workdir):
     return {}
   if not config.text:
     raise run.Refused("config.text is not set: the folder with the text to work on")
+  if _embedded(config.text):
+    _check_embedded("config.text", config.text, config.recipe)
   _check_folders(config.text, workdir)
   if config.limit < 0:
     raise run.Refused(f"config.limit is {config.limit}, expected items a language, or 0 for all")
@@ -111,6 +115,13 @@ def _check_part(part):
     raise run.Refused(f"config.part is {part}, expected (i, n) with i from 0 to n-1")
 
 
+def _check_embedded(field, folder, recipe):
+  """Of the embedded corpus only conversations are text to work on."""
+  if recipe == "filter":
+    raise run.Refused(f"{field} is {folder}, and filter reads pairs of .jsonl files: give a folder")
+  run.choose(field, folder, ("embedded/instruct",))
+
+
 def _check_folders(folder, workdir):
   here, there = pathlib.Path(workdir).resolve(), pathlib.Path(folder).resolve()
   if here == there or there in here.parents or here in there.parents:
@@ -129,13 +140,17 @@ def _check_translate(settings, config):
     if not settings.dev:
       raise run.Refused(f"config.translate.models are {settings.models}: to choose one a language, "
                         "give config.translate.dev and an estimator, or config.translate.scores")
-    if not _embedded(settings.dev):
+    if _embedded(settings.dev):
+      _check_embedded("config.translate.dev", settings.dev, "translate")
+    else:
       text.files(settings.dev)
     if config.part[1] > 1:
       raise run.Refused("config.part with config.translate.dev would pay for the dev set in every "
                         "part: run it once, then give its WORKDIR/scores.json as translate.scores")
     if bool(settings.estimator.endpoint) == bool(settings.estimator.command):
-      raise run.Refused("config.translate.estimator needs either an endpoint or a command")
+      raise run.Refused(f"config.translate.estimator has the endpoint {settings.estimator.endpoint} "
+                        f"and the command {settings.estimator.command}, expected one of them: for a "
+                        "command, set --config.translate.estimator.endpoint=")
     if settings.dev_items < 1:
       raise run.Refused(f"config.translate.dev_items is {settings.dev_items}, expected at least 1")
 
@@ -217,8 +232,19 @@ def _endpoint(name, config, workdir):
   cache = workdir / "answers" / _named(name, ".ndjson", config.part)
   asker = client.Client(settings["url"], settings["model"], cache,
                         **{key: settings[key] for key in FREE})
-  return rounds.Endpoint(
-      asker, dict(temperature=settings["temperature"], max_tokens=settings["tokens"]) | more)
+  borrowed = _borrowed(name, cache)
+  borrowed = {key: borrowed[key] for key in borrowed.keys() - asker.cache.rows.keys()}
+  asker.cache.rows.update(borrowed)
+  fields = dict(temperature=settings["temperature"], max_tokens=settings["tokens"]) | more
+  return rounds.Endpoint(asker, fields, frozenset(borrowed))
+
+
+def _borrowed(name, cache):
+  """{key: row} of the answers of an endpoint that other parts have paid for, also of another n."""
+  parts = [path for path in sorted(cache.parent.glob(f"{name}*.ndjson")) if path != cache
+           and re.fullmatch(rf"{re.escape(name)}(-\d+-of-\d+)?", path.stem)]
+  return {row["key"]: row for path in parts for row in run.read_lines(path)
+          if isinstance(row, dict) and row.keys() >= set(client.ROW)}
 
 
 def _inputs(config, used):
@@ -228,11 +254,12 @@ def _inputs(config, used):
     given.pop(field, None)
   endpoints = {name: {key: value for key, value in config.endpoints[name].to_dict().items()
                       if key not in FREE} for name in sorted(used)}
-  paths = [] if config.recipe == "pairs" or _embedded(config.text) else sorted(
-      {path for *_, path, _ in text.files(config.text)})
+  folder = config.get("text")  # pairs have none
+  paths = [] if folder is None or _embedded(folder) else sorted(
+      {path for *_, path, _ in text.files(folder)})
   files = {path: run.sha256(path) for path in _files(config) if pathlib.Path(path).is_file()}
   return run.fingerprint([
-      json.loads(json.dumps(given)), endpoints, text.fingerprint(config.text, paths),
+      json.loads(json.dumps(given)), endpoints, text.fingerprint(folder, paths),
       sorted(files.values()), run.sha256(prompts.__file__)])
 
 
@@ -243,8 +270,8 @@ def _embedded(folder):
 def _files(config):
   """Files that the config names beside the text."""
   settings = config[config.recipe]
-  given = [config.identifier, *(settings[name] for name in ("scores", "templates", "safety")
-                                if name in settings)]
+  given = [config.get("identifier"), *(settings[name] for name in ("scores", "templates", "safety")
+                                       if name in settings)]
   given += [settings[hook].file for hook in HOOKS if hook in settings and "file" in settings[hook]]
   if settings.get("dev") and not _embedded(settings.dev):
     given += sorted({str(path) for *_, path, _ in text.files(settings.dev)})
@@ -252,22 +279,65 @@ def _files(config):
 
 
 @contextlib.contextmanager
-def _claimed(sign):
-  """One process a part at a time; the sign of an unfinished part stays until it is finished."""
-  sign.parent.mkdir(parents=True, exist_ok=True)
-  with open(sign, "a", encoding="utf-8") as file:
+def _claimed(sign, record):
+  """One process a part at a time; the sign of an unfinished part stays until it is finished.
+
+  While the record of an earlier run is there, so are its files: an error then leaves no sign.
+  """
+  for other in sign.parent.glob("part*"):
+    if other.name.partition("-of-")[2] != sign.name.partition("-of-")[2]:
+      _forget(other)
+  with _opened(sign) as file:
+    _lock(file, fcntl.LOCK_EX, sign)
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise run.Refused(f"another process is at work on {sign.parents[1]}: wait for it, or end "
-                        "it") from None
-    yield
-    sign.unlink()
-  with contextlib.suppress(OSError):  # other parts are at work
-    sign.parent.rmdir()
+      yield
+    finally:
+      if record.exists():
+        sign.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other parts are at work
+          sign.parent.rmdir()
+
+
+def _opened(sign):
+  while True:
+    sign.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # a part that finished just then removed the folder
+      return open(sign, "a", encoding="utf-8")
+
+
+def _lock(file, kind, sign):
+  try:
+    fcntl.flock(file, kind | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise run.Refused(f"another process is at work on {sign.parents[1]} as {sign.name}: wait for it, "
+                      "or end it") from None
+
+
+def _forget(sign):
+  """Removes the sign of a dead run of another config.part(n), and the rows it had begun to write."""
+  workdir, suffix = sign.parents[1], sign.name.removeprefix("part")
+  with contextlib.suppress(FileNotFoundError), open(sign, encoding="utf-8") as file:
+    _lock(file, fcntl.LOCK_SH, sign)  # shared: other parts look too
+    if not (workdir / f"synthesis{suffix}.json").exists():
+      for rows in workdir.glob(f"*/*/rows{suffix}.jsonl"):
+        rows.unlink(missing_ok=True)
+    sign.unlink(missing_ok=True)
 
 
 # --- items --------------------------------------------------------------------------------------
+
+
+def _of_part(config, identifier):
+  """The items of config.part, a list; of more parts than there are items the last ones have none."""
+  items = list(itertools.islice(_items(config, identifier), config.part[0], None, config.part[1]))
+  if not items and config.part[0] == 0:
+    raise run.Refused(f"{config.get('text') or config.recipe} has nothing for config.languages "
+                      f"{config.languages}")
+  counted = collections.Counter(item.name for item in items)
+  if len(counted) < len(items):
+    raise run.Refused(f"{counted.most_common(1)[0][0]} names {counted.most_common(1)[0][1]} items, "
+                      "expected one: rename the file")
+  return items
 
 
 def _items(config, identifier):
@@ -313,10 +383,10 @@ def _records(folder, reader=None):
         for number, document in enumerate(text.read(folder, code, source), 1):
           yield f"{code}/{source}#{number}", code, {_field(document): document}
     return
-  for codes, source, path, labels in text.files(folder):
+  for codes, _, path, labels in text.files(folder):
+    place = path.relative_to(folder).as_posix() + (f":{'+'.join(labels)}" if labels else "")
     for number, record in enumerate((reader or text.records)(path, labels), 1):
-      code = codes[0] if len(codes) == 1 else _chinese(record)
-      yield f"{codes[0]}/{source}/{path.name}#{number}", code, record
+      yield f"{place}#{number}", codes[0] if len(codes) == 1 else _chinese(record), record
 
 
 def _field(document):
@@ -350,6 +420,7 @@ def _pair_record(line, place):
     said = [record.get("source"), record.get("target")] if turns is None else [
         turn["content"] for turn in turns]
     roles = [turn["role"] for turn in turns or ()]
+    ways = [record[field] for field in ("source_lang", "target_lang") if field in record]
   except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
     return text.Malformed("not JSON", f"{place} is no record ({type(error).__name__}: {error})")
   if len(said) != 2 or not all(isinstance(part, str) for part in said) or roles not in (
@@ -357,11 +428,14 @@ def _pair_record(line, place):
     return text.Malformed("no pair", f"{place}: expected 'source' and 'target', or one exchange")
   if not all(part.strip() for part in said):
     return text.Malformed(text.EMPTY, f"{place} says nothing")
-  return record
-
-
-def _slice(part):
-  return part[0], None, part[1]
+  try:
+    "".join(said).encode()
+    for name in ways:
+      languages.find(name)
+  except ValueError as error:  # also a Refused
+    return text.Malformed("no pair", f"{place}: {error}")
+  return record if turns is None else record | dict(
+      messages=[dict(role=role, content=part) for role, part in zip(roles, said, strict=True)])
 
 
 def _work(item, config, tools):
@@ -429,7 +503,7 @@ def _models(config, items, tools, askers, workdir):
     return {code: settings.translator for code in languages.select(settings.back or ("all",))}, None
   if "models" not in settings:
     return {}, None
-  wanted = languages.select({item.target for item in items})
+  wanted = languages.select({item.target for item in items}) if items else ()
   if len(settings.models) == 1:
     return dict.fromkeys(wanted, settings.models[0]), None
   if settings.scores:
@@ -455,19 +529,33 @@ def _best(scores, wanted, settings):
 
 
 def _assayed(sources, wanted, tools, askers):
-  """{language: {model: its mean score over the dev set}}; what comes to nothing counts 0."""
+  """{language: {model: its mean score over the dev set}}.
+
+  What was dropped counts as the worst score of all, 0 at most: scales may be negative. A text that
+  one model was not answered for counts for none.
+  """
   items = [recipes.Item(f"{name} into {code} by {model}", source, code,
                         dict(source=said, endpoint=model), "")
            for code, model in itertools.product(wanted, tools.settings.models)
            for name, source, said in sources if source != code]
   played = rounds.play({item.name: recipes.assay(item, tools) for item in items}, askers)
-  scores = collections.defaultdict(lambda: collections.defaultdict(list))
+  found = collections.defaultdict(lambda: collections.defaultdict(list))
   for item in items:
-    found, _ = played[item.name]
-    scores[item.target][item.record["endpoint"]].append(
-        0.0 if isinstance(found, recipes.Ended) else found["score"])
-  return {code: {model: sum(given) / len(given) for model, given in row.items()}
-          for code, row in scores.items()}
+    found[item.target][item.name.rpartition(" by ")[0]].append(played[item.name][0])
+  floor = min([0.0, *(one["score"] for one, _ in played.values() if isinstance(one, dict))])
+  return {code: _means(code, texts.values(), tools.settings.models, floor)
+          for code, texts in found.items()}
+
+
+def _means(code, rows, models, floor):
+  """{model: mean} of rows of what became of a text under each model; `floor` for what was dropped."""
+  whole = [row for row in rows if not any(
+      isinstance(one, recipes.Ended) and one.state == "failed" for one in row)]
+  if not whole:
+    raise run.Refused(f"into {code} no text of config.translate.dev was answered by each of {models} "
+                      "and scored: see to the endpoints, and start again")
+  scores = [[one["score"] if isinstance(one, dict) else floor for one in row] for row in whole]
+  return {model: sum(column) / len(whole) for model, column in zip(models, zip(*scores), strict=True)}
 
 
 def _dev_texts(settings, wanted):
@@ -493,8 +581,8 @@ def _write(items, played, config, workdir):
     outcome, asked = played[item.name]
     ended = isinstance(outcome, recipes.Ended)
     state, reason, why = (outcome.state, outcome.reason, outcome.why) if ended else ("kept", "", "")
-    ledger.append(dict(item=item.name, folder=item.folder, state=state, reason=reason, why=why,
-                       asked=asked))
+    ledger.append(dict(item=item.name, folder=item.folder, state=state, reason=reason,
+                       why=_mended(why), asked=asked))
     count = counts.setdefault(item.folder.partition("/")[0], dict(items=0, kept=0, dropped={}, failed={}))
     count["items"] += 1
     if ended:
@@ -514,10 +602,16 @@ def _write(items, played, config, workdir):
 
 
 def _row(item, outcome, config):
-  passed = {key: item.record[key] for key in PASSED_ON if isinstance(item.record.get(key), str)}
+  passed = {key: _mended(item.record[key]) for key in PASSED_ON
+            if isinstance(item.record.get(key), str)}
   if config.recipe == "filter" and "messages" not in item.record:
     passed.pop("source", None)  # there it is the text
   return dict(lang=item.folder.partition("/")[0], **outcome, item=item.name, recipe=config.recipe) | passed
+
+
+def _mended(said):
+  """Half a surrogate pair, which UTF-8 cannot write, becomes '?'."""
+  return said.encode("utf-8", "replace").decode()
 
 
 def _named(name, suffix, part):
@@ -532,6 +626,8 @@ def _spent(askers):
 
 
 def _version(identifier):
+  if identifier is None:
+    return None
   if pathlib.Path(identifier).is_file():
     return dict(file=pathlib.Path(identifier).name, sha256=run.sha256(identifier))
   with contextlib.suppress(importlib.metadata.PackageNotFoundError):
