@@ -29,6 +29,7 @@ SIZES = ("", "small_", "tiny_")
 
 
 def get_config(variant="global"):
+  variant = "tiny_global" if variant == "tiny" else variant
   run.choose("variant", variant, [size + name for size in SIZES for name in ("global", "adapter", *CLUSTERS)])
   size, _, name = variant.rpartition("_")
   c = pretrain.get_config(size or "full")
