@@ -16,10 +16,10 @@ def main(config, workdir):
   plan, validation, tokenizer = check(config)
   try:
     begin = begins.decide(config, workdir, plan, tokenizer)
+    _same_reference(config, begin, validation)
   except saved.Damaged:  # train falls back to an older one, once nobody else can be saving
     if config.show is not None or not saved.steps(workdir):
       raise
-  _same_reference(config, begin, validation)
   if config.show is not None:
     print(_next_rows(config, begin, tokenizer))
     return run.EXIT["done"]
