@@ -74,7 +74,7 @@ if [ "$size" = tiny ]; then
   stage train cooldown.py:tiny "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
   posttrain
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
-    tokenizer="$tokenizer" baseline=pretrain tasks.cloze=embedded checkpoints="('$out/pretrain', \
+    tokenizer="$tokenizer" baseline=pretrain tasks.cloze=embedded limit=10 checkpoints="('$out/pretrain', \
     '$out/cooldown', '$out/sft', '$out/global', '$out/earth', '$out/fire', '$out/water')"
   model=$out/global prompt="Friday, Saturday, Sunday,"
 else

@@ -56,10 +56,11 @@ def test_two_processes_do_what_one_does(data, one, tmp_path):
 
 def test_a_run_goes_on_with_any_number_of_processes(data, one, tmp_path):
   workdir = tmp_path / "run"
-  for count, steps in (1, 2), (2, 4), (4, 6), (1, 8):
+  turns = ((1, 2), (2, 4), (4, 6), (1, 8)) if runs.FULL else ((2, 4), (1, 8))
+  for count, steps in turns:
     assert runs.run(data, workdir, f"--config.steps={steps}", "--config.save_every=2",
                     **(pod(count) if count > 1 else {}))[0] == 0
-  assert runs.starts(workdir) == [0, 2, 4, 6]
+  assert runs.starts(workdir) == [0, *(steps for _, steps in turns[:-1])]
   assert runs.end(workdir)[3:] == runs.end(one)[3:]
   ours, theirs = runs.losses(workdir), runs.losses(one)
   np.testing.assert_allclose([ours[step] for step in (2, 4, 6, 8)],
