@@ -333,6 +333,22 @@ class _Cache:
                           "start again, its answers are kept") from None
 
 
+def fields_of(text, field):
+  """JSON text, the value of a config's `field`, -> dict of further fields of a request's body."""
+  try:
+    found = json.loads(text)
+  except ValueError:
+    found = None
+  if not isinstance(found, dict):
+    raise run.Refused(f"{field} is {text!r}, expected a JSON object")
+  return found
+
+
+def merged(fields, over):
+  """The fields of a body, those of `over` instead of those of `fields`; None leaves one out."""
+  return {name: value for name, value in (fields | over).items() if value is not None}
+
+
 def _torn(file):
   """Whether a file ends within a line."""
   size = file.seek(0, os.SEEK_END)

@@ -50,7 +50,7 @@ def main(config, workdir):
     run.say(f"{workdir / 'report.html'}: up to date")
     return
   if judge and processes.first():
-    _greet(judge, results.body(config.judge.body))
+    _greet(judge, client.fields_of(config.judge.body, "config.judge.body"))
   found = {subject["name"]: outputs.of(subject, work, workdir, mesh, config) for subject in subjects}
   if processes.first():
     result = dict(inputs=inputs, **results.of(subjects, work, found, tools, judge, config))
@@ -65,7 +65,7 @@ def main(config, workdir):
 def _greet(judge, more):
   """A first, small question, so that a judge who does not answer is known before hours of work."""
   request = dict(messages=[dict(role="user", content="Say OK.")])
-  (answer,) = judge.answers([results.merged(request, more)])
+  (answer,) = judge.answers([client.merged(request, more)])
   if answer.why:
     raise run.Refused(f"config.judge does not answer: {answer.why}")
 
@@ -111,7 +111,7 @@ def check(config, workdir):
   (tools, items), judge = _tools(config, chosen) if chosen else (None, {}), None
   if config.judge.url:
     settings = config.judge.to_dict()
-    results.body(settings.pop("body"))
+    client.fields_of(settings.pop("body"), "config.judge.body")
     url, model = settings.pop("url"), settings.pop("model")
     judge = client.Client(url, model, workdir / "judge.jsonl", **settings)
   _check_room(config, subjects, items)

@@ -1,11 +1,10 @@
 """What evaluation.json holds: measures per language made of outputs, rolled up; no jax."""
 
 import importlib.metadata
-import json
 import math
 import time
 
-from tiny_aya_jax import languages, run
+from tiny_aya_jax import client, languages, run
 from tiny_aya_jax.evaluate import baselines, rollups
 
 PACKAGES = ("jax", "tiny_aya_jax", "sacrebleu", "py3langid", "lm_eval")
@@ -23,9 +22,10 @@ def of(subjects, work, outputs, tools, judge, config):
     from tiny_aya_jax.evaluate import tasks
 
     if judge:
-      more = body(config.judge.body)
+      more = client.fields_of(config.judge.body, "config.judge.body")
+
       def ask(requests, read):
-        requests = [merged(request, more) for request in requests]
+        requests = [client.merged(request, more) for request in requests]
         return [value for value, _ in judge.json_answers(requests, read)]
 
       tools = tools._replace(ask=ask)
@@ -72,22 +72,6 @@ def _counts(parts, items):
 def _finite(value):
   """JSON has no NaN: what a model that has diverged gives is missing."""
   return value if value is not None and math.isfinite(value) else None
-
-
-def body(text):
-  """config.judge.body -> dict; refuses what is no JSON object."""
-  try:
-    found = json.loads(text)
-  except ValueError:
-    found = None
-  if not isinstance(found, dict):
-    raise run.Refused(f"config.judge.body is {text!r}, expected a JSON object")
-  return found
-
-
-def merged(request, more):
-  """A request with further fields of its body; None leaves one out."""
-  return {name: value for name, value in (request | more).items() if value is not None}
 
 
 def _measures(name, found, items, few):

@@ -72,7 +72,7 @@ class Endpoint:
     self.client, self.fields, self.borrowed = asker, fields, borrowed
 
   def __call__(self, requests, read):
-    requests = [_merged(request, self.fields) for request in requests]
+    requests = [client.merged(self.fields, request) for request in requests]
     if read:
       return self.client.json_answers(requests, read)
     return [(None, recipes.CUT) if answer.cut else (answer.text, answer.why)
@@ -84,22 +84,6 @@ class Endpoint:
     tokens = [sum(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens")]
     money = sum(n * price for n, price in zip(tokens, self.client.prices)) / 1e6
     return dict(answers=len(rows), prompt_tokens=tokens[0], completion_tokens=tokens[1], money=money)
-
-
-def _merged(request, fields):
-  """A request with an endpoint's further fields of its body; null leaves one out."""
-  return {name: value for name, value in (fields | request).items() if value is not None}
-
-
-def body(text):
-  """JSON text of further fields of a request -> dict; refuses what is no JSON object."""
-  try:
-    found = json.loads(text)
-  except ValueError:
-    found = None
-  if not isinstance(found, dict):
-    raise run.Refused(f"an endpoint's body is {text!r}, expected a JSON object")
-  return found
 
 
 class Command:

@@ -66,7 +66,7 @@ def main(config, workdir):
     result = dict(inputs=inputs, recipe=config.recipe, part=list(config.part), choice=choice)
     result |= _write(items, played, config, workdir)
     result |= dict(spent=_spent(askers), prompts=run.sha256(prompts.__file__),
-                   identifier=_version(config.get("identifier")), unseen=_unseen(items, identifier),
+                   identifier=_version(_setting(config, "identifier")), unseen=_unseen(items, identifier),
                    **run.provenance(config))
     run.write_json(record, result)  # last: its presence says that all is there
   for line in table(result):
@@ -228,7 +228,7 @@ def _used(settings):
 
 def _endpoint(name, config, workdir):
   settings = config.endpoints[name].to_dict()
-  more = rounds.body(settings["body"])
+  more = client.fields_of(settings["body"], f"config.endpoints.{name}.body")
   cache = workdir / "answers" / _named(name, ".ndjson", config.part)
   asker = client.Client(settings["url"], settings["model"], cache,
                         **{key: settings[key] for key in FREE})
@@ -254,7 +254,7 @@ def _inputs(config, used):
     given.pop(field, None)
   endpoints = {name: {key: value for key, value in config.endpoints[name].to_dict().items()
                       if key not in FREE} for name in sorted(used)}
-  folder = config.get("text")  # pairs have none
+  folder = _setting(config, "text")
   paths = [] if folder is None or _embedded(folder) else sorted(
       {path for *_, path, _ in text.files(folder)})
   files = {path: run.sha256(path) for path in _files(config) if pathlib.Path(path).is_file()}
@@ -267,10 +267,15 @@ def _embedded(folder):
   return str(folder).startswith("embedded/")
 
 
+def _setting(config, name):
+  """A field that the recipe pairs does not have, or None."""
+  return config[name] if name in config else None
+
+
 def _files(config):
   """Files that the config names beside the text."""
   settings = config[config.recipe]
-  given = [config.get("identifier"), *(settings[name] for name in ("scores", "templates", "safety")
+  given = [_setting(config, "identifier"), *(settings[name] for name in ("scores", "templates", "safety")
                                        if name in settings)]
   given += [settings[hook].file for hook in HOOKS if hook in settings and "file" in settings[hook]]
   if settings.get("dev") and not _embedded(settings.dev):
@@ -331,7 +336,7 @@ def _of_part(config, identifier):
   """The items of config.part, a list; of more parts than there are items the last ones have none."""
   items = list(itertools.islice(_items(config, identifier), config.part[0], None, config.part[1]))
   if not items and config.part[0] == 0:
-    raise run.Refused(f"{config.get('text') or config.recipe} has nothing for config.languages "
+    raise run.Refused(f"{_setting(config, 'text') or config.recipe} has nothing for config.languages "
                       f"{config.languages}")
   counted = collections.Counter(item.name for item in items)
   if len(counted) < len(items):
