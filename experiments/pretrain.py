@@ -5,8 +5,8 @@
       --config.tokenizer=runs/vocab/tokenizer.model
 
 `small` (2.0M parameters, real text, half an hour on two cores) and `tiny` (1.3M, the embedded
-corpus, three minutes) are steps of launch/pipeline.sh; figures in experiments/LOG.md. Expected of
-tiny: bits per byte on held-out facts falls from 5.5 to about 3. Sources named `instruct`, if there
+corpus, three minutes) are steps of launch/pipeline.sh; `proxy` (3.1M parameters, 0.4M tokens) is what
+`sweep` compares mixtures with; figures in experiments/LOG.md. Expected of tiny: bits per byte on held-out facts falls from 5.5 to about 3. Sources named `instruct`, if there
 are any, wait for the cooldown.
 """
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 from tiny_aya_jax import run
 
-VARIANTS = ("full", "small", "tiny")
+VARIANTS = ("full", "small", "tiny", "proxy")
 
 
 def get_config(variant="full"):
@@ -31,6 +31,9 @@ def get_config(variant="full"):
       validation=config_dict.placeholder(str),  # rows for bits per byte in the loop
       plan=config_dict.placeholder(str),  # a plan file, instead of the mixture
       mixture=mixture(),
+      # Simulated epoching: share of the imitated run's tokens that this run has, and how large its
+      # sources are: rows (as packed), web (FineWeb-2), or a JSON file {language: tokens}
+      cut=dict(share=config_dict.placeholder(float), sizes="rows"),
       # rows: 2.1M tokens; ours: SmolLM3's 2.36M (tiny_aya.md 5.4), made to split over 16 to 256 chips
       batch=256,
       T=8192,
@@ -73,7 +76,7 @@ def get_config(variant="full"):
   c.epochs = config_dict.placeholder(float)
   c.accumulate = 1
   c.log_every = 10
-  c.evaluate_every = 5000
+  c.evaluate_every = 5000  # and at the end; 0: only there
   c.save_every = 1000
   c.keep = 2  # checkpoints
   c.export_every = config_dict.placeholder(int)  # steps: also WORKDIR/huggingface/<step>, bfloat16
@@ -97,6 +100,8 @@ def get_config(variant="full"):
     small(c)
   if variant == "tiny":
     tiny(c)
+  if variant == "proxy":
+    proxy(c)
   return c
 
 
@@ -154,3 +159,13 @@ def tiny(c):
   c.schedule.update(peak=4e-3, warmup_steps=20)
   c.steps = 160
   c.log_every, c.evaluate_every, c.save_every = 20, 160, 80
+
+
+def proxy(c):
+  """A trial of a sweep, a minute or two on two cores; compares mixtures and is no model of anything."""
+  c.model.V = 16_384
+  c.data.update(batch=4, T=256)  # 390 steps of 0.4M tokens
+  c.schedule.update(peak=4e-3, warmup_steps=20)
+  c.steps = 312
+  c.log_every, c.evaluate_every, c.save_every = 100, 0, 10_000  # at the end: sooner made again than saved
+  c.keep = 1

@@ -254,7 +254,7 @@ def test_a_change_that_would_break_counters_is_refused():
   plan = mixture.append(mixture.plan([source("deu_Latn/a", 50)], ALL), 100, ALL)
   with pytest.raises(run.Refused, match="row 99.*already changes at row 100"):
     mixture.append(plan, 99, ALL)
-  with pytest.raises(run.Refused, match="50 rows before, 51 now"):
+  with pytest.raises(run.Refused, match="50 rows before, 51 rows now"):
     mixture.append(plan, 200, ALL, sources=[source("deu_Latn/a", 51)])
   with pytest.raises(run.Refused, match="T 256, the plan has 512"):
     mixture.append(plan, 200, ALL, sources=[source("fra_Latn/a", 50, T=256)])

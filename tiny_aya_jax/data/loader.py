@@ -56,6 +56,9 @@ class Loader:
     self._opened = {manifest["name"]: (in_order(manifest), manifest) for manifest in manifests}
     self._rows = np.array([source["rows"] for source in plan["sources"]], np.int64)
     self._keys = np.array([_key(seed, source["name"]) for source in plan["sources"]], np.uint64)
+    # Of a cut source, which of its rows are there: a permutation's first, the same for every seed.
+    self._of = np.array([source.get("of", 0) for source in plan["sources"]], np.int64)
+    self._cut_keys = np.array([_key("cut", source["name"]) for source in plan["sources"]], np.uint64)
     self._located = functools.lru_cache(maxsize=64)(self._locate_chunk)
 
   def __getitem__(self, step):
@@ -105,7 +108,11 @@ class Loader:
 
   def _locate_chunk(self, chunk):
     source_n, counter_n = mixture.locate_many(self.plan, chunk * CHUNK, CHUNK)
-    return source_n, _permuted(counter_n, self._rows[source_n], self._keys[source_n])
+    row_n = _permuted(counter_n, self._rows[source_n], self._keys[source_n])
+    if (cut := self._of[source_n] > 0).any():
+      whole_n, key_n = self._of[source_n], self._cut_keys[source_n]
+      row_n[cut] = _permuted(row_n[cut], whole_n[cut], key_n[cut])
+    return source_n, row_n
 
 
 def every_row_once(manifests, batch, process=(0, 1)):
@@ -172,10 +179,11 @@ def _planned(source, plan):
           f"{source['path']} has rows of {field} {manifest[field]}, the plan of {plan[field]}: "
           "pack them again with the plan's"
       )
-  if (manifest["rows"], manifest["sha256"]) != (source["rows"], source["sha256"]):
+  rows = source.get("of", source["rows"])
+  if (manifest["rows"], manifest["sha256"]) != (rows, source["sha256"]):
     raise run.Refused(
         f"{source['path']} was packed again since the plan was made: {manifest['rows']} rows now, "
-        f"{source['rows']} planned; make the plan again in another workdir"
+        f"{rows} planned; make the plan again in another workdir"
     )
   return manifest
 

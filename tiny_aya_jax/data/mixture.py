@@ -13,6 +13,8 @@ Weights (rules.py) are shares of TOKENS, or of BYTES; a plan holds shares of row
 fill rows differently. A plan is JSON: sources, and an append-only list of segments, each with
 thresholds from its start_row on, and each source's counter at that row, so that a cooldown mixture
 skips and repeats nothing.
+
+A run that imitates a longer one reads a part of each source (`cut`), so that it repeats as often.
 """
 
 import bisect
@@ -87,14 +89,68 @@ def append(plan, start_row, rule, sources=None):
   return {**plan, "sources": merged, "segments": [*segments, segment]}
 
 
-def _sizes(sources, unit):
+def cut(sources, share, sizes):
+  """Simulated epoching: the sources with as many rows as `share` of what the imitated run has.
+
+  share: this run's tokens over those of the run it imitates, which reads sizes[name] tokens of a
+  source once in an epoch. Rules, caps and epochs then count `size` = share * sizes[name] tokens, a
+  fraction of a row too; rows are whole, at least one and at most all there are. Which rows stay is a
+  random choice that depends on the source's name alone. Adds "of" (rows there are) and "size".
+  """
+  found = []
   for source in sources:
-    if unit not in source:
-      raise run.Refused(
-          f"source {source['name']!r} comes from a plan that counts no {unit}: set the mixture's "
-          "unit to tokens"
-      )
-  return {source["name"]: source[unit] for source in sources}
+    size = share * sizes[source["name"]]
+    rows = min(max(round(size * source["rows"] / source["tokens"]), 1), source["rows"])
+    part = rows / source["rows"]
+    amounts = {unit: max(round(source[unit] * part), 1) for unit in rules.UNITS if unit in source}
+    found.append(source | amounts | dict(rows=rows, of=source["rows"], size=size))
+  return found
+
+
+def cut_sizes(sources, given):
+  """{source name: tokens that the imitated run has of it}.
+
+  given: "rows", as many as are packed; "web", FineWeb-2's bytes of the language at the bytes a token
+  of its rows, shared by its sources as they are packed; or {language or source: tokens}.
+  """
+  if given == "rows":
+    return {source["name"]: source["tokens"] for source in sources}
+  packed = collections.defaultdict(int)
+  for source in sources:
+    packed[source["language"]] += source["tokens"]
+  found = {}
+  for source in sources:
+    name, code = source["name"], source["language"]
+    part = source["tokens"] / packed[code]
+    if given == "web":
+      if code not in _WEB:
+        raise run.Refused(f"FineWeb-2 has no size of {code}: leave it out of the mixture's rows, or give "
+                          "config.data.cut.sizes a JSON file of tokens")
+      found[name] = _WEB[code] * source["tokens"] / source["bytes"] * part
+      continue
+    size = given.get(name, given[code] * part if code in given else None)
+    if not isinstance(size, (int, float)) or not 0 < size < math.inf:
+      raise run.Refused(f"config.data.cut.sizes gives {size!r} tokens for {name}: expected a number above 0 "
+                        "for it, or for its language")
+    found[name] = size
+  return found
+
+
+_WEB = {language.code: language.fineweb_bytes for language in languages.LANGUAGES}
+
+
+def _sizes(sources, unit):
+  return {source["name"]: _size(source, unit) for source in sources}
+
+
+def _size(source, unit):
+  """What rules and epochs count: what there is of a source, or of a cut one what it stands for."""
+  if unit not in source:
+    raise run.Refused(
+        f"source {source['name']!r} comes from a plan that counts no {unit}: set the mixture's "
+        "unit to tokens"
+    )
+  return source["size"] * source[unit] / source["tokens"] if "size" in source else source[unit]
 
 
 def with_budget(rule, sources, rows):
@@ -130,16 +186,26 @@ def _merge(plan, sources):
         )
     if source["rows"] < 1:
       raise run.Refused(f"source {name!r} has {source['rows']} rows: leave it out of the mixture")
-    if old and (old["rows"], old["sha256"]) != (source["rows"], source["sha256"]):
+    if old and _what(old) != _what(source):
       raise run.Refused(
-          f"the rows of source {name!r} changed ({old['rows']} rows before, {source['rows']} now): "
+          f"the rows of source {name!r} changed ({_rows(old)} before, {_rows(source)} now): "
           "its counter would point at other rows; pack the new ones under another source name"
       )
-    merged[name] = {field: source[field] for field in (*_SOURCE_FIELDS, "bytes") if field in source}
+    merged[name] = {field: source[field] for field in (*_SOURCE_FIELDS, *_MORE) if field in source}
   return list(merged.values())
 
 
-_SOURCE_FIELDS = ("name", "language", "path", "rows", "tokens", "sha256")  # older plans: no bytes
+def _what(source):
+  """What a source's counter points into."""
+  return source["rows"], source["sha256"], source.get("of")
+
+
+def _rows(source):
+  return f"{source['rows']} of {source['of']} rows" if "of" in source else f"{source['rows']} rows"
+
+
+_SOURCE_FIELDS = ("name", "language", "path", "rows", "tokens", "sha256")
+_MORE = ("bytes", "of", "size")  # older plans: no bytes; of what is not cut: neither other
 
 
 def _thresholds(sources, share, unit):
@@ -182,8 +248,10 @@ def check(plan, what):
   for source in plan["sources"]:
     if not isinstance(source, dict) or not set(_SOURCE_FIELDS) <= source.keys():
       refuse(f"a source is {source!r:.60}, expected {', '.join(_SOURCE_FIELDS)}")
-    amounts = [source[key] for key in ("rows", "tokens", "bytes") if key in source]
-    if not all(isinstance(amount, int) and amount > 0 for amount in amounts):
+    amounts = [source[key] for key in ("rows", "tokens", "bytes", "of") if key in source]
+    size = source.get("size", 1)
+    if not all(isinstance(amount, int) and amount > 0 for amount in amounts) or not (
+        isinstance(size, (int, float)) and 0 < size < math.inf) or ("of" in source) != ("size" in source):
       refuse(f"source {source['name']!r} has {amounts} rows, tokens and bytes")
   names = [source["name"] for source in plan["sources"]]
   if len(set(names)) < len(names):
@@ -219,7 +287,8 @@ def plan_sha256(plan):
           version=plan["version"],
           T=plan["T"],
           tokenizer_sha256=plan["tokenizer_sha256"],
-          sources=[[s["name"], s["rows"], s["sha256"]] for s in plan["sources"]],
+          sources=[[s["name"], s["rows"], s["sha256"], *([s["of"]] if "of" in s else [])]
+                   for s in plan["sources"]],
           segments=[
               [segment["start_row"], segment["thresholds"], segment["offsets"]]
               for segment in plan["segments"]
@@ -361,7 +430,7 @@ def _lines(title, sources, columns, unit, key):
   size, seen = {}, [{} for _ in columns]
   for source in sources:
     name = key(source["language"])
-    size[name] = size.get(name, 0) + source[unit]
+    size[name] = size.get(name, 0) + _size(source, unit)
     for drawn, amounts in zip(columns, seen):
       amount = drawn[source["name"]] * source[unit] / source["rows"]
       amounts[name] = amounts.get(name, 0) + amount
@@ -382,16 +451,23 @@ def _remarks(plan, segment, taking, drawn, stage):
   takes = {source["language"] for source in taking if width[source["name"]]}
   read = {source["language"] for source in taking if stage[source["name"]]}
   most = min(MOST_EPOCHS, segment.get("epochs") or MOST_EPOCHS)  # a cap holds of a stage alone
+  passes = {source["name"]: source["rows"] * _size(source, "tokens") / source["tokens"] for source in taking}
   worn = [
-      f"{source['name']} {drawn[source['name']] / source['rows']:.1f}"
-      for source in taking
-      if drawn[source["name"]] > most * source["rows"] + 1  # a row may be rounded up
+      f"{name} {drawn[name] / rows:.1f}" for name, rows in passes.items()
+      if drawn[name] > most * rows + 1  # a row may be rounded up
   ]
+  cut = [source for source in taking if "of" in source]
   spared = collections.Counter(
       source["name"].partition("/")[2] for source in plan["sources"]
       if source["language"] in takes and not width[source["name"]])
   remarks = {
       f"warning: more than {most:g} epochs of {len(worn)} sources": worn,
+      # What a cut cannot do: a row is not divided, and there are no more rows than there are.
+      "warning: cut to one row, which is more than their part, and so repeated less than in the imitated run":
+          [f"{s['name']} ({passes[s['name']]:.2g} of a row)" for s in cut if passes[s["name"]] < 0.5],
+      "warning: fewer rows than their part, and so repeated more than in the imitated run":
+          [f"{s['name']} ({s['of']} rows of {passes[s['name']]:.0f})" for s in cut
+           if passes[s["name"]] > s["of"] + 0.5],
       "sources left out": [f"{name} of {count} languages" for name, count in spared.items()],
       "less than one row, although the mixture draws from them": sorted(takes - read),
       "asked for, but without rows": sorted(set(segment.get("asked", ())) - have),

@@ -158,7 +158,18 @@ def plan(config, manifests):
     loader.planned(given)
     run.say(f"config.data.plan is followed, {config.data.plan}: config.data.mixture is not read")
     return given
-  return mixture.plan(manifests, rule(config, manifests))
+  sources = cut(config, manifests)
+  return mixture.plan(sources, rule(config, sources))
+
+
+def cut(config, manifests):
+  """The manifests, or what config.data.cut leaves of them."""
+  share, sizes = config.data.cut.share, config.data.cut.sizes
+  if share is None:
+    return manifests
+  if sizes not in fields.CUT_SIZES:
+    sizes = run.read_json(sizes, "config.data.cut.sizes")
+  return mixture.cut(manifests, share, mixture.cut_sizes(manifests, sizes))
 
 
 def settle_steps(config, manifests):
@@ -178,8 +189,9 @@ def steps(config, manifests):
   if not config.data.plan and "budget" in rules.READS[kind] and config.data.mixture.budget is None:
     raise run.Refused("config.epochs says how many steps, and the budget of this mixture is what the steps "
                       "hold: set config.data.mixture.budget, or config.steps")
-  drawn = mixture.drawn(plan(config, manifests))
-  rows = sum(manifest["rows"] for manifest in manifests if manifest["name"] in drawn)
+  planned = plan(config, manifests)
+  drawn = mixture.drawn(planned)
+  rows = sum(source["rows"] for source in planned["sources"] if source["name"] in drawn)
   return max(math.ceil(config.epochs * rows / config.data.batch), 1)
 
 

@@ -9,6 +9,7 @@ from tiny_aya_jax import run
 
 MODEL = ("D", "N", "K", "H", "F", "V", "L", "window", "rope_theta", "logit_scale", "norm_epsilon")
 SHAPES = ("wsd", "cosine", "linear")
+CUT_SIZES = ("rows", "web")
 ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -27,9 +28,9 @@ def _fields(config):
            "loss.z_loss": 0, "schedule.warmup_steps": 0, "schedule.decay_steps": 0,
            "schedule.peak": 0, "schedule.final": 0, "guard.window": 2, "guard.hang_seconds": 1,
            "guard.save_seconds": 1, "guard.heartbeat_seconds": 1, "guard.not_finite": 1,
-           "guard.failed_saves": 1}
+           "guard.failed_saves": 1, "evaluate_every": 0}
   least |= dict.fromkeys(
-      ("accumulate", "save_every", "evaluate_every", "log_every", "keep", "unroll"), 1)
+      ("accumulate", "save_every", "log_every", "keep", "unroll"), 1)
   if config.steps is None and config.epochs is None:
     raise run.Refused("config.steps is not set, nor is config.epochs: give one of them")
   least |= dict(steps=1) if config.steps is not None else {}
@@ -40,6 +41,7 @@ def _fields(config):
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
   _adapter(config.adapter)
+  _cut(config.data.cut)
   if not 0 < config.loss.beta < math.inf:
     raise run.Refused(f"config.loss.beta is {config.loss.beta}, expected more than 0")
   if config.loss.kind != "next_token" and config.loss.z_loss:
@@ -85,6 +87,16 @@ def _optimizer(optimizer):
   if not 0 < adamw.eps < math.inf or not 0 <= adamw.weight_decay < math.inf:
     raise run.Refused(f"config.optimizer.adamw has eps {adamw.eps} and weight_decay "
                       f"{adamw.weight_decay}, expected more than 0 and at least 0")
+
+
+def _cut(found):
+  if found.share is None and found.sizes != "rows":
+    raise run.Refused(f"config.data.cut.sizes is {found.sizes!r} and config.data.cut.share is not set: nothing "
+                      "would be cut; give the share of the imitated run's tokens that this run has")
+  if found.share is not None and not 0 < found.share <= 1:
+    raise run.Refused(f"config.data.cut.share is {found.share}, expected more than 0 and at most 1")
+  if found.sizes not in CUT_SIZES and not found.sizes.endswith(".json"):
+    run.choose("config.data.cut.sizes (or a .json file)", found.sizes, CUT_SIZES)
 
 
 def _adapter(found):

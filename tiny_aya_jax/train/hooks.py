@@ -43,7 +43,8 @@ def evaluation(config, workdir, mesh, model, validation, tokenizer):
     run.say(said)
 
   def due(start, at):
-    return at == start + config.steps or (at - start) % config.evaluate_every == 0
+    every = config.evaluate_every
+    return at == start + config.steps or every > 0 and (at - start) % every == 0
 
   return Hook("evaluate", due, functools.partial(metrics.evaluated, workdir), evaluate)
 
