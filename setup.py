@@ -14,6 +14,7 @@ EXTRAS = dict(
     track=["tensorboardX"],
     report=["matplotlib"],
     gcp=["gcsfs"],
+    sweep=["optuna"],
     test=["pytest", "pytest-xdist", "jinja2", "pyyaml", "zstandard"],
     # Installed first and by exactly this version: any range pulls gigabytes of CUDA.
     parity=["torch==2.13.0", "transformers==5.17.0", "accelerate"],

@@ -12,7 +12,7 @@ import pytest
 from tiny_aya_jax import __main__, run
 
 ROOT = pathlib.Path(__file__).parents[1]
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py"))
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py")) + sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 PRETRAIN = f"--config={ROOT / 'experiments' / 'pretrain.py'}"
 
 

@@ -18,6 +18,7 @@ VERBS = dict(
     merge=("tiny_aya_jax.post.merge", "checkpoints and Hugging Face folders -> one model: linear, slerp, TIES"),
     synthesize=("tiny_aya_jax.post.synthesize", "other models -> translated prompts, fused answers, pairs"),
     evaluate=("tiny_aya_jax.evaluate.evaluate", "checkpoints -> bits per byte and tasks per language, a page"),
+    sweep=("tiny_aya_jax.sweep.sweep", "many short runs over mixtures -> what each does to every language"),
     export=("tiny_aya_jax.export.export", "checkpoint -> Hugging Face folder"),
     talk=("tiny_aya_jax.talk", "chat with a checkpoint in the terminal"),
     plan=("tiny_aya_jax.plan", "does a run fit a TPU slice, how fast, how long, for how much"),

@@ -125,8 +125,10 @@ def load_config(spec):
     raise Refused(f"--config names {path!r}, expected a Python file with get_config(variant)")
   module_spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
   module = importlib.util.module_from_spec(module_spec)
-  # A config may import its neighbours in experiments/, from whichever folder the verb was called.
-  with _import_path(os.path.dirname(os.path.abspath(path))):
+  # A config may import its neighbours, and those of the folder above (experiments/sweeps), from
+  # whichever folder the verb was called.
+  folder = os.path.dirname(os.path.abspath(path))
+  with _import_path(os.path.dirname(folder)), _import_path(folder):
     try:
       module_spec.loader.exec_module(module)
       if not hasattr(module, "get_config"):

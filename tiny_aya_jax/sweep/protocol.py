@@ -1,0 +1,158 @@
+"""A trial as runs of `train`: a trunk and a quick cooldown forked from it, and what each will read.
+
+The report's protocol (2.2: 200B tokens, the last 40B of them a linear cooldown) at any scale. Here
+are configs, commands and plans; nothing is run. Trials that differ in their cooldown alone share
+one trunk. With config.imitate.tokens each source is cut as in mixture.cut (simulated epoching).
+"""
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+from tiny_aya_jax import flops, run
+from tiny_aya_jax.data import mixture
+from tiny_aya_jax.sweep import space
+from tiny_aya_jax.train import begin, fields
+
+# Where things lie, and what changes no result.
+_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.threads", "data.prefetch",
+            "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology", "price")
+
+
+class Stage(NamedTuple):
+  """One run of `train`; key: the fingerprint of all that its result depends on."""
+
+  name: str  # trunk or cooldown
+  key: str
+  workdir: pathlib.Path
+  config: object  # train's, as it will be read
+  flags: dict  # {field: value} beside the config file
+  file: str  # FILE:variant
+
+  @property
+  def command(self):
+    """The words that run it."""
+    return [sys.executable, "-m", "tiny_aya_jax", "train", f"--config={self.file}", f"--workdir={self.workdir}",
+            *(f"--config.{field}={value}" for field, value in self.flags.items())]
+
+
+class Planned(NamedTuple):
+  """A trial with what it will run and read."""
+
+  trial: space.Trial
+  key: str
+  stages: tuple
+  tokens: dict  # {code: tokens}, all stages
+  sizes: dict  # {code: tokens that an epoch of the language has here}
+  epochs: dict  # {code: tokens / size}
+  operations: float
+  remarks: list  # the mixture's warnings
+
+
+def check(config):
+  """Refuses numbers that are no protocol, before a trial is looked at."""
+  for field in ("trunk", "cooldown", "rows", "validation", "tokenizer"):
+    if not config[field]:
+      raise run.Refused(f"config.{field} is not set")
+  for field in ("trunk", "cooldown"):
+    run.load_config(config[field])
+  if config.imitate.tokens is not None and not config.imitate.tokens >= config.tokens:
+    raise run.Refused(f"config.imitate.tokens is {config.imitate.tokens:g}, less than the {config.tokens:g} of "
+                      "a trial: there is nothing to cut")
+
+
+def planned(config, workdir, trial, data):
+  """A Trial -> Planned; data: dict(manifests, validation, tokenizer_sha256). Refuses what train would."""
+  own = {field: trial.settings.get(field, config[field]) for field in space.OWN}
+  if not own["tokens"] > 0 or not 0 <= own["cooldown_share"] < 1:
+    raise run.Refused(f"arm {trial.arm!r} has {own['tokens']} tokens and a cooldown_share of "
+                      f"{own['cooldown_share']}, expected more than 0, and from 0 to below 1")
+  try:
+    stages = _stages(config, workdir, trial, own, data)
+    plan = begin.plan(stages[0].config, data["manifests"])
+    row = stages[0].config.steps * stages[0].config.data.batch
+    for stage in stages[1:]:
+      steps, batch = stages[0].config.steps, stage.config.data.batch
+      rule = begin.rule(stage.config, plan["sources"], steps, steps * batch)
+      plan = mixture.append(plan, row, rule, plan["sources"])
+      row += stage.config.steps * batch
+  except run.Refused as refusal:
+    raise run.Refused(f"arm {trial.arm!r}: {refusal}") from None
+  drawn, sizes = _amounts(plan, row)
+  remarks = [line for line in mixture.table(plan, row) if line.startswith("warning: ")]
+  return Planned(trial, run.fingerprint([stage.key for stage in stages]), stages, drawn, sizes,
+                 {code: amount / sizes[code] for code, amount in drawn.items()},
+                 sum(map(operations, stages)), remarks)
+
+
+def tokens(stage):
+  """Tokens that a run trains on."""
+  return stage.config.steps * stage.config.data.batch * stage.config.data.T
+
+
+def operations(stage):
+  """Floating-point operations of a run's training."""
+  return tokens(stage) * flops.per_token(stage.config.model, stage.config.data.T)["total"]
+
+
+def _stages(config, workdir, trial, own, data):
+  share = own["cooldown_share"]
+  common = dict(tokenizer=config.tokenizer, seed=trial.seed) | {
+      "data.rows": config.rows, "data.seed": trial.seed}
+  if config.imitate.tokens is not None:
+    common |= {"data.cut.share": own["tokens"] / config.imitate.tokens, "data.cut.sizes": config.imitate.sizes}
+  last = {"data.validation": config.validation, "evaluate_every": 0}  # once, at the end
+  trunk = _stage("trunk", config.trunk, common | ({} if share else last), trial, own["tokens"] * (1 - share),
+                 data, workdir, [])
+  if not share:
+    return (trunk,)
+  forked = common | last | dict(init_from=trunk.workdir, init_what="state")
+  return trunk, _stage("cooldown", config.cooldown, forked, trial, own["tokens"] * share, data, workdir,
+                       [trunk.key])
+
+
+def _stage(name, file, flags, trial, tokens, data, workdir, before):
+  flags = flags | _of_stage(name, trial.settings)
+  read = run.load_config(file)
+  run.override(read, {field: _written(value) for field, value in flags.items()})
+  steps = max(round(tokens / max(read.data.batch * read.data.T, 1)), 1)
+  flags = flags | dict(steps=steps)
+  read.steps = steps
+  fields.check(read)
+  text = {field: value for field, value in _leaves(read) if field not in _NEUTRAL}
+  key = run.fingerprint([before, text, [m["sha256"] for m in data["manifests"]], data["tokenizer_sha256"],
+                         [m["sha256"] for m in data["validation"]] if read.data.validation else []])
+  folder = (workdir / "trunks" / key[:12]) if name == "trunk" and "data.validation" not in flags else (
+      workdir / "trials" / f"{trial.name}-{key[:8]}")
+  return Stage(name, key, folder.absolute(), read, {f: _written(v) for f, v in flags.items()}, file)
+
+
+def _of_stage(name, settings):
+  """{train field: value} of the settings that concern a stage; its own win over those of both."""
+  found = {field: value for field, value in settings.items()
+           if field not in space.OWN and field.partition(".")[0] not in space.STAGES}
+  return found | {field.partition(".")[2]: value for field, value in settings.items()
+                  if field.startswith(f"{name}.")}
+
+
+def _written(value):
+  """As it is given on a command line."""
+  return repr(value) if isinstance(value, tuple) else str(value)
+
+
+def _leaves(config, prefix=""):
+  for name in sorted(config.keys()):
+    if hasattr(config[name], "keys"):
+      yield from _leaves(config[name], f"{prefix}{name}.")
+    else:
+      yield prefix + name, config[name]
+
+
+def _amounts(plan, row):
+  """({code: tokens of the global rows before `row`}, {code: tokens in an epoch}) of a plan."""
+  drawn, tokens, sizes = mixture.counts(plan, row), {}, {}
+  for source in plan["sources"]:
+    code = source["language"]
+    tokens[code] = tokens.get(code, 0) + drawn[source["name"]] * source["tokens"] / source["rows"]
+    sizes[code] = sizes.get(code, 0) + source.get("size", source["tokens"])
+  return tokens, sizes
