@@ -54,7 +54,8 @@ def _scatter(result, view):
          f"{views.signed(fit.slope, view['form'])} with ten times the text</small></figcaption>"
          f"<svg class=plot role=img aria-label='{title} against bytes of text'>"
          f"{_grid(view, across, up)}{_line_of(view, fit, across, up)}"
-         f"{_dots(result, view, values, points)}{labels(points, _short(points), strays)}</svg></figure>")
+         f"{_dots(result, view, values, points)}{labels(points, _short(points), strays)}</svg>"
+         "</figure>")
 
 
 def _measured(result, view):

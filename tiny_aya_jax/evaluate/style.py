@@ -16,7 +16,7 @@ SKELETON = """<!doctype html>
 
 def document(title, css, body):
   """HTML, whole; `title` is text, `body` an iterable of HTML."""
-  head = SKELETON.replace("<!--title-->", html.escape(title)).replace("/*style*/", css)
+  head = SKELETON.replace("/*style*/", css).replace("<!--title-->", html.escape(title))
   return head.replace("<!--body-->", "\n".join(body))
 
 
