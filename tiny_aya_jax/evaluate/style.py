@@ -199,4 +199,4 @@ thead :is(th,td){position:static}tr,li,figure{break-inside:avoid}h2,h3{break-aft
 @media (forced-colors:active){.dot,.rug,td u,.change i::after{forced-color-adjust:none}}
 """
 CSS += "".join(f".r{index}{{fill:var(--r{index})}}.key .r{index} .dot{{color:var(--r{index})}}"
-                for index in range(6))
+               for index in range(6))

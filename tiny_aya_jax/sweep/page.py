@@ -5,6 +5,8 @@ side along the axis; a language's row is shaded by how far each arm is above the
 """
 
 import html
+import shlex
+import statistics
 
 from tiny_aya_jax.evaluate import style
 from tiny_aya_jax.evaluate.views import signed
@@ -17,9 +19,8 @@ DARKEST = 0.95  # the share of the differences in a table that the shades tell a
 def page(result):
   """HTML, complete without scripts."""
   view = views.of(result)
-  body = [*_head(result, view), *_arms(view), *_plots(result, view), *_languages(result, view),
-          *_sensitive(result, view), *_spent(result, view), *_laws(result, view), *_tests(result),
-          *_failures(view), *_colophon(result)]
+  body = [part for section in (_head, _arms, _plots, _languages, _sensitive, _spent, _laws, _tests,
+                               _failures, _colophon) for part in section(result, view)]
   return style.document(f"Sweep: {result['name']}", sheet.css(len(view["shown"])), body)
 
 
@@ -61,32 +62,35 @@ def _facts(result, view):
 
 def _count(value):
   return views.count(value).replace("k", " thousand").replace("M", " million").replace(
-      "G", " billion").replace("T", " trillion")
+      "G", " billion").replace("T", " trillion").replace(".0 ", " ")
 
 
 # --- the arms -----------------------------------------------------------------------------------
 
 
-def _arms(view):
+def _arms(result, view):
   seen = view["seen"]
   if not seen["arms"]:
     return
-  heads = [name for name, _ in _arm_cells(view, seen["arms"][0])]
+  kind = result["objective"]["kind"]
+  heads = [name for name, _ in _arm_cells(view, seen["arms"][0], kind)]
   yield "<h2 id=arms>Arms, best first</h2><table class=arms><thead><tr><th scope=col>arm</th>"
   yield "".join(f"<th scope=col>{name}</th>" for name in heads) + "</tr></thead><tbody>"
   for arm in seen["arms"]:
     chosen = arm["arm"] == seen["recommended"]
-    cells = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in _arm_cells(view, arm))
+    cells = "".join(f"<td data-name='{name}'>{cell}</td>" for name, cell in
+                    _arm_cells(view, arm, kind))
     yield (f"<tr{' class=chosen' if chosen else ''}><th scope=row><bdi>{_text(arm['arm'])}</bdi>"
            f"{' <small>recommended</small>' if chosen else ''}</th>{cells}</tr>")
   yield "</tbody></table><p class=key>± is the standard deviation between an arm's own seeds.</p>"
 
 
-def _arm_cells(view, arm):
-  """(head, HTML) of a row."""
-  yield "objective", _objective(arm)
+def _arm_cells(view, arm, kind):
+  """(head, HTML) of a row; a mean that is the objective stands there once."""
+  yield "mean" if kind == "mean" else "objective", _objective(arm)
   yield "above the recommended", _apart(arm)
-  yield "mean", f"{arm['mean']:.4f}{_spread_of(arm['mean_deviation'])}"
+  if kind != "mean":
+    yield "mean", f"{arm['mean']:.4f}{_spread_of(arm['mean_deviation'])}"
   yield "worst language", (f"{arm['worst']['value']:.3f} "
                            f"<small>{_text(arm['worst']['language'])}</small>")
   yield "worst region", (f"{arm['region']['value']:.3f} "
@@ -142,8 +146,9 @@ def _languages(result, view):
     return
   yield "<h2 id=languages>Every language under every arm</h2><p class=key>Bits per byte, mean of"
   yield "an arm's seeds; by region, the language with the least text first. The best arm is"
-  yield "<span class=best>underlined</span>; the darker a figure's ground, the further it is above"
-  yield f"it. Spread: worst arm less best, and how many standard deviations of noise that is. {_rest(view)}</p>"
+  yield "<b class=best>underlined</b>; the stronger a figure's ground, the further it is above it."
+  yield f"Spread: worst arm less best, and how many standard deviations of noise that is."
+  yield f"{_rest(view)}</p>"
   yield f"<table class=heat>{_heat_head(view, 'text', 'spread')}"
   scale = _scale(view)
   yield f"<tbody>{_mean_row(view, 'All languages', view['seen']['languages'], scale)}</tbody>"
@@ -156,8 +161,8 @@ def _languages(result, view):
 
 def _rest(view):
   left = views.left_out(view)
-  return (f"No room beside the {len(view['shown'])} best arms for {_text(', '.join(left))}: they are in "
-          "sweep.json." if left else "")
+  return (f"Beside the {len(view['shown'])} best arms there is no room for {_text(', '.join(left))}: they "
+          "are in sweep.json." if left else "")
 
 
 def _heat_head(view, second, last):
@@ -185,8 +190,9 @@ def _mean_row(view, name, codes, scale):
   noise = view["seen"]["noise"]
   deviation = noise and noise["regions"].get(name, noise["mean"])
   cells = "".join(_heat(view, arm, means[arm], best, scale, 4) for arm in view["shown"])
-  return (f"<tr class=region><th scope=rowgroup>{_text(name)} <i>{len(codes)}</i></th><td></td>{cells}"
-          f"{_spread(worst - best, (worst - best) / deviation if deviation else None, 4)}</tr>")
+  over = (worst - best) / deviation if deviation else None
+  return (f"<tr class=region><th scope=rowgroup>{_text(name)} <i>{len(codes)}</i></th><td></td>"
+          f"{cells}{_spread(worst - best, over, 4)}</tr>")
 
 
 def _heat(view, arm, value, best, scale, digits):
@@ -260,9 +266,9 @@ def _spent(result, view):
   if not codes:
     return
   yield "<details><summary><h2 id=spent>Epochs and tokens of every language</h2></summary>"
-  yield f"<p class=key>Epochs that the imitated run would repeat (<b class=over>▲</b> above {views.EPOCHS}),"
-  yield f"and the tokens a trial drew; size: tokens of the language's text, cut as for the imitated run"
-  yield f"(<b>*</b> below one row{_row_words(result)}). {_rest(view)}</p>"
+  yield f"<p class=key>Epochs, as the imitated run would repeat text (▲ above {views.EPOCHS}),"
+  yield "and below them the tokens that a trial drew. Size: tokens of the language's text, cut as"
+  yield f"for the imitated run (* below {_row_words(result)}). {_rest(view)}</p>"
   yield f"<table class=heat>{_heat_head(view, 'size', None)}"
   for region, members in views.regions(result, codes).items():
     yield (f"<tbody><tr class=region><th scope=rowgroup>{_text(region)} <i>{len(members)}</i></th>"
@@ -273,7 +279,7 @@ def _spent(result, view):
 
 
 def _row_words(result):
-  return f" of {result['row']:,} tokens" if result.get("row") else ": of one token"
+  return f"a row of {result['row']:,} tokens" if result.get("row") else "one token"
 
 
 def _spent_row(result, view, code):
@@ -300,31 +306,114 @@ def _laws(result, view):
   laws = result["laws"]
   if not laws:
     return
-  yield "<h2 id=laws>Laws of the mixture</h2><p class=key>Error: root mean square of what a law,"
-  yield "fitted without an arm, is off by on it, in bits per byte. A law worth its name is well"
-  yield f"below the constant and not below the noise ({laws['noise']:.4f}).</p>" if laws["noise"] else "below the constant.</p>"
-  yield "<table class='small k3'><thead><tr><th scope=col>law</th><th scope=col>error</th>"
-  yield "<th scope=col>of means</th><th scope=col>rank correlation</th></tr></thead><tbody>"
+  noise = f" ({laws['noise']:.4f})" if laws["noise"] is not None else ", which is not known here"
+  yield "<h2 id=laws>Laws of the mixture</h2><p class=key>Error: of a law that was fitted without"
+  yield "an arm, on that arm, in bits per byte. A law that says anything is well below"
+  yield "<b>constant</b>, which predicts each language's mean; none can be below the"
+  yield f"noise{noise}.</p>{_table_head('law', 'error', 'error of means', 'rank correlation')}"
   for name, form in laws["forms"].items():
     chosen = " <small>chosen</small>" if name == laws["chosen"] else ""
-    cells = "".join(f"<td>{_figure(form[key], digits)}</td>" for key, digits in
-                    (("error", 4), ("error_of_means", 4), ("rank", 2)))
+    cells = "".join(f"<td>{_figure(form[key], digits)}</td>"
+                    for key, digits in dict(error=4, error_of_means=4, rank=2).items())
     yield f"<tr><th scope=row>{_text(name)}{chosen}</th>{cells}</tr>"
   yield "</tbody></table>"
+  yield from _optimum(result, view, laws["optimum"])
+
+
+def _table_head(*names):
+  heads = "".join(f"<th scope=col>{name}</th>" for name in names)
+  return f"<table class='law small'><thead><tr>{heads}</tr></thead><tbody>"
 
 
 def _figure(value, digits):
   return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _tests(result):
-  return []
+def _optimum(result, view, optimum):
+  """Shares of the mixture that the law likes best, beside those of the best arm that was run."""
+  if not optimum:
+    yield "<p>No optimum is predicted.</p>"
+    return
+  arm, before = _before(result, view)
+  groups = views.regions(result, optimum["shares"])
+  yield f"<h3>The mixture that is predicted to be best</h3><p>{_text(_promise(optimum))}</p>"
+  yield f"<div class=groups><div>{_share_head(arm, 'region')}"
+  for region, codes in groups.items():
+    yield _share_row(_text(region), *(sum(shares.get(code, 0) for code in codes)
+                                      for shares in (before, optimum["shares"])))
+  yield f"</tbody></table></div><div>{_share_head(arm, 'largest changes')}"
+  moved = {code: abs(share - before.get(code, 0)) for code, share in optimum["shares"].items()}
+  for code in sorted(moved, key=moved.get, reverse=True)[:CHANGES]:
+    name = f"{_text(result['languages'][code]['name'])} <i>{_text(code)}</i>"
+    yield _share_row(name, before.get(code, 0), optimum["shares"][code])
+  yield "</tbody></table></div></div>"
+
+
+def _before(result, view):
+  """(the best arm that no law asked for, {code: share of its tokens})"""
+  asked = {test["arm"] for test in result.get("tests") or ()}
+  arm = next((arm["arm"] for arm in view["seen"]["arms"] if arm["arm"] not in asked), None)
+  tokens = view["tokens"].get(arm, {})
+  whole = sum(tokens.values()) or 1
+  return arm, {code: amount / whole for code, amount in tokens.items()}
+
+
+def _promise(optimum):
+  return f"Predicted: {optimum['value']:.4f}."
+
+
+def _share_head(arm, first):
+  return (f"<table class='share small'><thead><tr><th scope=col>{first}</th><th scope=col><bdi>"
+          f"{_text(arm)}</bdi></th><th scope=col>predicted best</th><th scope=col>change</th></tr>"
+          "</thead><tbody>")
+
+
+def _share_row(name, before, after):
+  change = signed(100 * (after - before), ".2f")
+  return (f"<tr><th scope=row>{name}</th><td>{before:.2%}</td><td>{after:.2%}</td>"
+          f"<td>{change}</td></tr>")
+
+
+def _tests(result, view):
+  """What was predicted of arms, and what came out when they were run."""
+  rows = [_tested(result, view, arm) for arm in
+          dict.fromkeys(test["arm"] for test in result.get("tests") or ())]
+  rows = [row for row in rows if row["measured"]]
+  if not rows:
+    return
+  noise = view["seen"]["noise"]
+  noise = views.mean(noise["languages"], noise["languages"]) if noise else None
+  yield "<h3 id=tests>Predicted and measured</h3><p class=key>Mean absolute error over languages;"
+  yield "constant: of predicting each language's mean over the other arms; noise: of one language"
+  yield f"between seeds.</p>{_table_head('arm', 'error', 'constant', 'noise')}"
+  for row in rows:
+    cells = "".join(f"<td>{_figure(value, 4)}</td>"
+                    for value in (row["error"], row["constant"], noise))
+    yield f"<tr><th scope=row><bdi>{_text(row['arm'])}</bdi></th>{cells}</tr>"
+  yield "</tbody></table><div class=plots>"
+  yield from (figure for row in rows for figure in plots.predicted(result, row))
+  yield "</div>"
+
+
+def _tested(result, view, arm):
+  """dict(arm, predicted, measured, error, constant), less each language's mean over other arms."""
+  tests = [test for test in result["tests"] if test["arm"] == arm]
+  others = [column for name, column in view["columns"].items() if name != arm]
+  codes = [code for code in view["seen"]["languages"] if others
+           and all(code in test["predicted"] and code in test["measured"] for test in tests)]
+  base = {code: statistics.fmean(column[code] for column in others) for code in codes}
+  predicted, measured = ({code: statistics.fmean(test[key][code] for test in tests) - base[code]
+                          for code in codes} for key in ("predicted", "measured"))
+  error, constant = (codes and statistics.fmean(abs(measured[code] - guess.get(code, 0))
+                                                for code in codes) for guess in (predicted, {}))
+  return dict(arm=arm, predicted=predicted, measured=measured, error=error, constant=constant)
 
 
 # --- the end of the page ------------------------------------------------------------------------
 
 
-def _failures(view):
+def _failures(result, view):
+  del result
   rows = view["seen"]["failures"]
   if not rows:
     return
@@ -335,15 +424,29 @@ def _failures(view):
   yield "</dl>"
 
 
-def _colophon(result):
+def _colophon(result, view):
+  del view
   done = [trial for trial in result["trials"] if trial["state"] == "done"]
   seconds = sum(trial["seconds"] for trial in done)
   operations = sum(trial["operations"] for trial in done)
   yield "<h2 id=end>How it was made</h2><dl>"
   yield (f"<dt>Spent</dt><dd>{len(done)} finished trials, {seconds / 3600:,.1f} hours of them one "
          f"after another, {operations:.3g} operations</dd>")
-  for name, value in (result.get("made") or {}).items():
-    if isinstance(value, dict):
-      value = ", ".join(f"{key} {item}" for key, item in value.items())
-    yield f"<dt>{_text(name)}</dt><dd><code><bdi>{_text(value)}</bdi></code></dd>"
+  made = result.get("made") or {}
+  yield from (f"<dt>{name}</dt><dd><code><bdi>{_text(value)}</bdi></code></dd>"
+              for name, value in _made(made) if value)
   yield "</dl>"
+  if made.get("config"):
+    yield "<details><summary><h2 id=config>Config</h2></summary>"
+    yield f"<pre>{_text(made['config'])}</pre></details>"
+
+
+def _made(made):
+  """(name, words) of run.provenance."""
+  command = made.get("command")
+  yield "Command", shlex.join(command) if isinstance(command, list) else command
+  changed = ", with changes that are not committed" if made.get("git_diff") else ""
+  yield "Revision", f"{made['git_revision']}{changed}" if made.get("git_revision") else None
+  yield "Versions", ", ".join(f"{name} {version}" for name, version in
+                              (made.get("versions") or {}).items())
+  yield "Time", made.get("time")

@@ -8,7 +8,7 @@ import html
 import math
 
 from tiny_aya_jax.evaluate import scatters
-from tiny_aya_jax.evaluate.views import ends
+from tiny_aya_jax.evaluate.views import ends, signed
 from tiny_aya_jax.sweep import verdict, views
 
 TALL, LINE = scatters.TALL, 13  # pixels of a plot and of a line of its labels
@@ -30,8 +30,8 @@ def front(result, view):
                   for mean, worst in seeds)
   order = sorted(dots, key=lambda arm: arm not in view["seen"]["front"])
   yield ("<figure><figcaption>Mean against worst language <small>bits per byte, lower is better "
-         "and to the upper right; ringed: recommended; on the line: no other arm is better in both; "
-         "small: single seeds</small></figcaption>"
+         "and to the upper right; ringed: recommended; on the line: no other arm is better in "
+         "both; small: single seeds</small></figcaption>"
          "<svg class=plot role=img aria-label='mean against worst language'>"
          f"{_grid_across(across, place)}{_grid_up(up, height)}"
          f"{_front_line(view, dots)}{small}{_arm_dots(view, arms, dots)}"
@@ -68,13 +68,18 @@ def _height(value, up):
 def _grid_up(up, height, form="g"):
   lines = "".join(
       f"<line x1=0 x2=100% y1={height(value):.0f} y2={height(value):.0f} />"
-      f"<text x=-6 y={height(value):.0f} dy=4 text-anchor=end>{value:{form}}</text>"
+      f"<text x=-6 y={height(value):.0f} dy=4 text-anchor=end>{_tick(value, form)}</text>"
       for value in scatters.round_values(*up))
   return f"<g class=grid>{lines}</g>"
 
 
-def _grid_across(across, place):
-  lines = "".join(_upright(place(value), f"{value:g}") for value in scatters.round_values(*across))
+def _tick(value, form):
+  return signed(value, form.lstrip("+")).lstrip("" if "+" in form else "+") if value else "0"
+
+
+def _grid_across(across, place, form="g"):
+  lines = "".join(_upright(place(value), _tick(value, form))
+                  for value in scatters.round_values(*across))
   return f"<g class=grid>{lines}</g>"
 
 
@@ -160,7 +165,7 @@ def _ticks(arms, place):
 
 
 def _axis(result):
-  return ", ".join(result["axes"])
+  return result.get("x") or ", ".join(result["axes"])
 
 
 def _curve(name, changes, places, height):
@@ -196,8 +201,11 @@ def _names(lines, height):
 
 
 def predicted(result, test):
-  """A plot of one test of a law: a dot a language, on the diagonal where the law was right."""
-  codes = [code for code in test["predicted"] if code in test["measured"]]
+  """A plot of one test of a law: a dot a language, on the diagonal where the law was right.
+
+  test: dict(arm, predicted, measured), both {code: bits per byte}, or what is left of them.
+  """
+  codes = list(test["measured"])
   if len(codes) < 3:
     return
   both = _ends(test[key][code] for key in ("predicted", "measured") for code in codes)
@@ -206,10 +214,18 @@ def predicted(result, test):
   dots = "".join(
       f"<circle class=r{scatters.shade(result['languages'][code]['region'])} "
       f"cx={place(test['predicted'][code]):.1f}% cy={height(test['measured'][code]):.0f}><title>"
-      f"{html.escape(result['languages'][code]['name'])}: {test['predicted'][code]:.3f}, measured "
-      f"{test['measured'][code]:.3f}</title></circle>" for code in codes)
-  yield (f"<figure><figcaption>{html.escape(test['arm'])} <small>bits per byte: predicted across, "
-         "measured up</small></figcaption><svg class=plot role=img aria-label='predicted against "
-         f"measured'>{_grid_up(both, height)}{_grid_across(both, place)}"
-         f"<line class=fit x1={EDGE}% x2={100 - EDGE}% y1={TALL - 2 * EDGE} y2={2 * EDGE} />{dots}"
-         "</svg></figure>")
+      f"{html.escape(result['languages'][code]['name'])}: {signed(test['predicted'][code], '.3f')}, "
+      f"measured {signed(test['measured'][code], '.3f')}</title></circle>" for code in codes)
+  yield (f"<figure><figcaption>{html.escape(test['arm'])} <small>above the language's mean over "
+         "other arms, in bits per byte: predicted across, measured up; the law was right on the "
+         f"line. {_key(result, codes)}</small></figcaption><svg class=plot role=img aria-label="
+         "'predicted against measured'>"
+         f"{_grid_up(both, height, '+.2g')}{_grid_across(both, place, '+.2g')}<line class=fit "
+         f"x1={EDGE}% x2={100 - EDGE}% y1={TALL - 2 * EDGE} y2={2 * EDGE} />{dots}</svg></figure>")
+
+
+def _key(result, codes):
+  """The colours of regions."""
+  words = "".join(f" <span class=r{scatters.shade(region)}><i class=dot></i>{html.escape(region)}"
+                  "</span>" for region in views.regions(result, codes))
+  return f"<span class=key>{words}</span>"

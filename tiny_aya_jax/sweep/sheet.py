@@ -18,13 +18,14 @@ _CSS = """.say{font-size:1.15em;max-width:52em}
 .arms td,.arms th{border-top:1px solid var(--line);padding:6px 14px 6px 0}
 .arms small{display:block}
 .arms .chosen>th{font-weight:600}
-.heat{font-size:.9em}
+.heat{font-size:.9em;width:auto}
 .heat :is(td,th:not(:first-child)){text-align:end;width:4.8em;padding:2px 6px}
-.heat th:first-child{width:auto;min-width:11em}
+.heat th:first-child{width:19em}
 .heat th small{color:var(--muted)}
 .heat thead :is(th,td){line-height:1.2;overflow-wrap:normal}
 .heat td:nth-child(2){color:var(--muted);width:4.6em}
-.heat td small{display:block;line-height:1.1}
+.heat td:not(.spread) small{display:block;line-height:1.1}
+.heat .spread{white-space:nowrap;width:7em}
 .heat tbody tr:hover>th{background:color-mix(in srgb,var(--line) 45%,transparent)}
 .heat td[style]{background:color-mix(in srgb,var(--worse) calc(var(--h)*.45%),transparent)}
 .heat .best{font-weight:700;text-decoration:underline;text-underline-offset:3px}
@@ -33,18 +34,25 @@ _CSS = """.say{font-size:1.15em;max-width:52em}
 .heat .region :is(th,td){padding-top:1em}
 .change b{color:var(--ink);font-weight:600}
 .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
-.plot circle.ring{r:8px}
+.plot circle.ring{r:6px}.plot .ring+circle{r:3px}
 .plot .front{fill:var(--strong)}
 .plot .beaten{fill:var(--back);stroke:var(--strong);stroke-width:1.5}
 .plot circle.seed{r:2px;fill:var(--muted)}
-.across{text-align:center;margin:-24px 0 8px 40px}
+.plot .right{transform:translate(9px,4px)}.plot .left{transform:translate(-9px,4px)}
+.law{width:auto}.law:is(*,.small) :is(th,td){width:auto;padding-inline-end:18px}
+.groups{--least:26em}
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
+.share:is(*,.small) :is(td,th:not(:first-child)){width:6.2em}
+pre{white-space:pre-wrap;font-size:.8em}
+.across{text-align:center;margin:-8px 0 8px 40px}
 .curve line{stroke-width:2}
 .plot .curve circle{r:3px}
 .curves{width:calc(100% - 146px);margin-right:106px}
 .every{fill:var(--ink)}.every line{stroke:var(--ink);stroke-width:3}
 .plot .names .every{font-weight:700}
-""" + "".join(f".r{index} line{{stroke:var(--r{index})}}.plot .names .r{index}{{fill:var(--r{index})}}"
-              for index in range(6))
+"""
+_CSS += "".join(f".r{index} line{{stroke:var(--r{index})}}"
+                f".plot .names .r{index}{{fill:var(--r{index})}}" for index in range(6))
 
 # On a narrow screen an arm's figures stand below its name, a language's below its own.
 _STACK = """

@@ -65,8 +65,8 @@ def noise(trials, objective, languages):
   freedom = sum(len(table) - 1 for table in tables)
   squares = sum(((table - table.mean(0)) ** 2).sum(0) for table in tables)
   found = dict(zip(names, map(float, np.sqrt(squares / freedom))))
-  parts = {kind: {name[1]: found.pop(name) for name in names
-                  if isinstance(name, tuple) and name[0] == kind} for kind in ("region", "language")}
+  parts = {kind: {name[1]: found.pop(name) for name in names if name[0] == kind}
+           for kind in ("region", "language")}
   return dict(freedom=freedom) | found | dict(
       regions=parts["region"], languages=parts["language"],
       paired=_paired(groups, [table[:, names.index("objective")] for table in tables]))
@@ -166,8 +166,8 @@ def finished(result):
   good, bad = [], []
   for trial in result["trials"]:
     done = trial["state"] == "done"
-    if done and trial["bits_per_byte"] and all(map(math.isfinite,
-                                                   trial["bits_per_byte"].values())):
+    if done and trial["bits_per_byte"] and all(
+        map(math.isfinite, trial["bits_per_byte"].values())):
       good.append(trial)
     elif trial["state"] not in ALIVE:
       why = "its bits per byte are missing or not finite" if done else trial["why"]
@@ -427,7 +427,7 @@ def _settled(result, seen, next_best):
   words = f"{next_best['arm']} has the same value, which no number of seeds will part"
   if seeds:
     words = (f"To tell {next_best['arm']} from {seen['recommended']}, if the difference is the one "
-             f"seen, takes {seeds:,} seeds of each")
+             f"seen, takes about {seeds:,} seeds of each")
   held = {}
   for trial in finished(result)[0]:
     held |= {code: trial["bytes"][code] for code in seen["languages"] if code in trial["bytes"]}
@@ -444,8 +444,8 @@ def _losses(result, seen):
   rows = [f"{result['languages'][row['language']]['name']} {row['difference']:.4f} "
           f"({row['best']}{'' if row['told'] is not False else ', within noise'})"
           for row in seen["losers"]]
-  return (f"Under {seen['recommended']} these languages are furthest above the arm that is best for "
-          f"them: {', '.join(rows)}.")
+  return (f"Under {seen['recommended']} these languages are furthest above the arm that is best "
+          f"for them: {', '.join(rows)}.")
 
 
 def _unfinished(result, seen):
