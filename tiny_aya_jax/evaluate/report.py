@@ -27,8 +27,7 @@ def page(result):
       *_fertility(result),
       *_colophon(result, shown),
   ]
-  return style.SKELETON.replace("/*style*/", style.sheet(result, shown)).replace(
-      "<!--body-->", "\n".join(body))
+  return style.document("Evaluation by language", style.sheet(result, shown), body)
 
 
 def _head(result, shown):

@@ -24,7 +24,7 @@ def of(result, shown):
   if not plots:
     return
   regions = views.regions(result, result["languages"])
-  key = " ".join(f"<span class=r{_shade(region)}><i class=dot></i>{html.escape(region)}</span>"
+  key = " ".join(f"<span class=r{shade(region)}><i class=dot></i>{html.escape(region)}</span>"
                  for region in regions)
   yield "<h2 id=text>Quality against the amount of text</h2><p class=key>Of the last checkpoint,"
   yield "against UTF-8 bytes of the language in FineWeb-2; up is better. The line is the least"
@@ -32,7 +32,7 @@ def of(result, shown):
   yield f"<div class=plots>{''.join(plots)}</div>"
 
 
-def _shade(region):
+def shade(region):
   """The number of a region's colour; all that is no region shares one."""
   return _REGIONS.index(region) if region in _REGIONS else len(_REGIONS)
 
@@ -54,7 +54,8 @@ def _scatter(result, view):
          f"{views.signed(fit.slope, view['form'])} with ten times the text</small></figcaption>"
          f"<svg class=plot role=img aria-label='{title} against bytes of text'>"
          f"{_grid(view, across, up)}{_line_of(view, fit, across, up)}"
-         f"{_dots(result, view, values, points)}{_labels(points, strays)}</svg></figure>")
+         f"{_dots(result, view, values, points)}{labels(points, _short(points), strays)}</svg>"
+         "</figure>")
 
 
 def _measured(result, view):
@@ -79,7 +80,7 @@ def _height(view, value, up):
 
 def _grid(view, across, up):
   lines = []
-  for value in _round_values(*up):
+  for value in round_values(*up):
     y = f"{_height(view, value, up):.0f}"
     lines.append(f"<line x1=0 x2=100% y1={y} y2={y} /><text x=-6 y={y} dy=4 text-anchor=end>"
                  f"{value:g}</text>")
@@ -95,7 +96,7 @@ def _line_of(view, fit, across, up):
   return f"<line class=fit x1=2% x2=98% y1={left:.0f} y2={right:.0f} />"
 
 
-def _round_values(low, high):
+def round_values(low, high):
   """About five round numbers between both ends."""
   step = 10 ** math.floor(math.log10((high - low) / 2))
   step *= next(many for many in (0.5, 1, 2, 5) if (high - low) / (step * many) <= 6)
@@ -116,13 +117,16 @@ def _dots(result, view, values, points):
         f"<circle cx={points[code][0]:.1f}% cy={points[code][1]:.0f}><title>"
         f"{html.escape(result['languages'][code]['name'])}: {values[code]:{view['form']}}"
         "</title></circle>" for code in codes)
-    groups.append(f"<g class=r{_shade(region)}>{dots}</g>")
+    groups.append(f"<g class=r{shade(region)}>{dots}</g>")
   return "".join(groups)
 
 
-def _labels(points, order):
-  """Codes that touch no dot and no other label, on a phone; more of them where there is room."""
-  words, groups, widths = _short(points), {}, (NARROW, BROAD)
+def labels(points, words, order):
+  """SVG of {key: word} that touch no dot and no other, on a phone; more where there is room.
+
+  points: {key: (per cent of the width, pixels from the top)}; order: keys, the needed ones first.
+  """
+  groups, widths = {}, (NARROW, BROAD)
   taken = {width: [(x * width / 100 - DOT, y - DOT, x * width / 100 + DOT, y + DOT)
                    for x, y in points.values()] for width in widths}
   left = list(order)

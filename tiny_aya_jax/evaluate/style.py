@@ -1,7 +1,9 @@
 """The page's skeleton and its CSS: light, dark, on paper and on a phone; nothing is fetched."""
 
+import html
+
 SKELETON = """<!doctype html>
-<html lang="en" dir="ltr"><head><meta charset="utf-8"><title>Evaluation by language</title>
+<html lang="en" dir="ltr"><head><meta charset="utf-8"><title><!--title--></title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
 <style>
@@ -10,6 +12,12 @@ SKELETON = """<!doctype html>
 <!--body-->
 </main></body></html>
 """
+
+
+def document(title, css, body):
+  """HTML, whole; `title` is text, `body` an iterable of HTML."""
+  head = SKELETON.replace("/*style*/", css).replace("<!--title-->", html.escape(title))
+  return head.replace("<!--body-->", "\n".join(body))
 
 
 def sheet(result, views):
@@ -32,7 +40,7 @@ def sheet(result, views):
   rules.append(_stack(f".k{many}.small", many, 40 + round(15 * (7.5 + 4.3 * many))))
   widest = max((len(view["names"]) for view in views), default=1)
   rules.append(_OVERVIEW % dict(count=widest, width=200 + 180 * widest))
-  return _CSS + "\n".join(rules)
+  return CSS + "\n".join(rules)
 
 
 def _stack(table, count, width):
@@ -71,7 +79,7 @@ _OVERVIEW = """@media (max-width:%(width)dpx){
 
 # Blue and orange stay apart for every kind of colour blindness; the regions' are Okabe and Ito's,
 # darkened to 3:1 on white. Nothing is told by colour alone.
-_CSS = """:root{--back:#fcfcfa;--ink:#1b1e22;--muted:#565d66;--line:#dcdfe3;--pale:#7199c4;
+CSS = """:root{--back:#fcfcfa;--ink:#1b1e22;--muted:#565d66;--line:#dcdfe3;--pale:#7199c4;
 --strong:#124684;--better:#1a63ad;--worse:#a84300;--r0:#0072b2;--r1:#b0528a;--r2:#c04a00;
 --r3:#00805c;--r4:#8a6a00;--r5:#5a5a5a;--u0:#7b3fa0;--u1:#00805c;--u2:#a86a00}
 @media screen and (prefers-color-scheme:dark){:root{--back:#14171b;--ink:#e7e9ec;--muted:#a2abb6;
@@ -190,5 +198,5 @@ details::details-content{content-visibility:visible;display:block;block-size:aut
 thead :is(th,td){position:static}tr,li,figure{break-inside:avoid}h2,h3{break-after:avoid}}
 @media (forced-colors:active){.dot,.rug,td u,.change i::after{forced-color-adjust:none}}
 """
-_CSS += "".join(f".r{index}{{fill:var(--r{index})}}.key .r{index} .dot{{color:var(--r{index})}}"
-                for index in range(6))
+CSS += "".join(f".r{index}{{fill:var(--r{index})}}.key .r{index} .dot{{color:var(--r{index})}}"
+               for index in range(6))
