@@ -12,7 +12,7 @@ import pytest
 from tiny_aya_jax import __main__, run
 
 ROOT = pathlib.Path(__file__).parents[1]
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py")) + sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
+EXPERIMENTS = [path for folder in ("experiments", "experiments/sweeps") for path in sorted((ROOT / folder).glob("*.py"))]
 PRETRAIN = f"--config={ROOT / 'experiments' / 'pretrain.py'}"
 
 
@@ -179,7 +179,7 @@ def _placeholder_type(config, name):
 def test_every_experiment_says_its_command_and_what_to_expect():
   for path in EXPERIMENTS:
     text = path.read_text(encoding="utf-8")
-    assert "--config=experiments/" + path.name in text.split('"""')[1], path
+    assert f"--config={path.relative_to(ROOT)}" in text.split('"""')[1], path
 
 
 def test_a_worker_ends_with_its_parent():

@@ -91,14 +91,13 @@ def _first_draw(config, workdir, data):
 
 def _run(config, workdir, ledger, plans, data):
   """Runs what has no outcome yet; returns all that was planned, Optuna's among them."""
-  known = ledger.outcomes()
-  waiting = [planned for planned in plans if planned.key not in known]
+  waiting = [planned for planned in plans if not _settled(ledger, planned)]
   if config.search == "optuna":
     plans = []
     take = _asking(config, workdir, ledger, plans, data)
   else:
     if len(waiting) < len(plans):
-      run.say(f"{len(plans) - len(waiting)} of {len(plans)} trials have an outcome already")
+      run.say(f"{len(plans) - len(waiting)} of {len(plans)} trials are done already")
     queue, lock = list(waiting), threading.Lock()
 
     def take():
@@ -111,7 +110,7 @@ def _run(config, workdir, ledger, plans, data):
       uses[stage.key] = uses.get(stage.key, 0) + 1
 
   def told(planned, outcome):
-    run.say(_said(config, planned, outcome, len(ledger.outcomes()), max(len(plans), 1)))
+    run.say(_said(planned, outcome))
     if not config.keep and outcome["state"] == "done":
       shutil.rmtree(planned.stages[-1].workdir / "checkpoints", ignore_errors=True)
       for stage in planned.stages[:-1]:
@@ -123,7 +122,12 @@ def _run(config, workdir, ledger, plans, data):
   return plans
 
 
-def _said(config, planned, outcome, done, of):
+def _settled(ledger, planned):
+  """Whether a trial has its outcome; what was refused or failed is tried again by the next call."""
+  return ledger.outcomes().get(planned.key, {}).get("state") in ("done", "diverged")
+
+
+def _said(planned, outcome):
   words = outcome["why"]
   if outcome["state"] == "done":
     mean = rollups.summary(outcome["bits_per_byte"], "lower")
@@ -155,7 +159,7 @@ def _asking(config, workdir, ledger, plans, data):
           ledger.append(event="asked", key="", number=number, settings=asked[-1])
         trial = space.trial(config, f"suggestion {number}", asked[number], 0)
         plans.append(protocol.planned(config, workdir, trial, data))
-        if value(plans[-1]) is None:
+        if not _settled(ledger, plans[-1]):
           return plans[-1]
       return None
 
@@ -279,8 +283,9 @@ def _warnings(config, plans):
       yield f"  {remark}"
   if config.search != "optuna" and len(plans) == len(arms):
     yield "  warning: one seed an arm: nothing will tell an effect from noise (config.seeds, config.more_seeds)"
-  if config.law.fit and len(arms) < laws.FEWEST:
-    yield f"  warning: laws need {laws.FEWEST} arms, these are {len(arms)}"
+  least = max(laws.LEAST.values())
+  if config.law.fit and config.search != "optuna" and len(arms) < least:
+    yield f"  warning: laws need {least} arms, these are {len(arms)}"
 
 
 def _cost(config, plans, ledger):
@@ -288,7 +293,7 @@ def _cost(config, plans, ledger):
   draws = config.draws if config.search == "optuna" else 1  # one was planned, to be shown
   tokens, operations = (draws * sum(map(count, runs.values())) for count in (protocol.tokens, protocol.operations))
   outcomes = ledger.outcomes()
-  left = [planned for planned in plans if planned.key not in outcomes]
+  left = [planned for planned in plans if not _settled(ledger, planned)]
   yield (f"  {draws * len(runs)} runs, {tokens / 1e9:.4g}B tokens, {operations:.3g} operations of training; "
          f"{draws * len(left)} trials are left to run, {config.at_once} at once")
   if config.topology:
