@@ -76,11 +76,11 @@ def get_config(variant="full"):
 def small(c, variant):
   """The protocol with a model that two cores train in minutes; every number ours."""
   c.trunk, c.cooldown = f"experiments/pretrain.py:{variant}", f"experiments/cooldown.py:{variant}"
-  c.tokens, c.keep = 400_000, False
-  c.imitate.sizes = "web"
-  if variant == "tiny":  # the embedded corpus: wiring, nothing of a language
-    c.tokens = 40_000
-    c.imitate.tokens = 4e6
-    c.imitate.sizes = "rows"
-    c.grid = (("data.mixture.temperature", (1.0, 100.0)),)
-    c.more_seeds = (("temperature 1.0", 2),)
+  c.tokens, c.imitate.sizes = 400_000, "web"
+  c.keep = variant == "tiny"
+  if variant == "tiny":  # the embedded corpus: two cooldowns of one trunk; wiring, nothing of a language
+    c.tokens = 122_880  # 24 + 6 steps
+    c.imitate.tokens, c.imitate.sizes = 4e6, "rows"
+    c.title = "temperature of the cooldown"
+    c.x = "cooldown.data.mixture.temperature"
+    c.grid = ((c.x, (1.0, 100.0)),)

@@ -72,6 +72,8 @@ if [ "$size" = tiny ]; then
   done
   stage train pretrain.py:tiny "$out/pretrain" "${rows[@]}"
   stage train cooldown.py:tiny "$out/cooldown" init_from="$out/pretrain" "${rows[@]}"
+  stage sweep sweep.py:tiny "$out/sweep" rows="$out/rows/train" validation="$out/rows/validation" \
+    tokenizer="$tokenizer"
   posttrain
   stage evaluate evaluate.py:tiny "$out/report" rows="$out/rows/validation" \
     tokenizer="$tokenizer" baseline=pretrain tasks.cloze=embedded limit=10 checkpoints="('$out/pretrain', \
@@ -103,6 +105,7 @@ fi
 stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" report="$out/report"
 stage talk talk.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" prompt="$prompt"
 
+[ "$size" = small ] || printf '\nsweep         %s' "$out/sweep/sweep.html"
 printf '\ncleaned text  %s\nvocabulary    %s\nreport        %s\ncheckpoint    %s\nHugging Face  %s\n' \
   "$out/text/clean.html" "$out/fairness.html" "$out/report/report.html" "$model/checkpoints" \
   "$out/huggingface"

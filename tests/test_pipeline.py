@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tiny_aya_jax import run
+from tiny_aya_jax.sweep import protocol
+from tiny_aya_jax.train import saved
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -57,6 +59,23 @@ def test_every_language_is_learned_and_reported(out):
   assert bits["summary"]["cooldown"]["improved"] > 0.9 and days["task"] == "cloze"
   assert days["chance"] == 0.25 and set(days["counts"].values()) == {10} and len(days["counts"]) == 70
   page = (out / "report" / "report.html").read_text()
+  assert all(code in page for code in result["languages"]) and "http" not in page
+
+
+def test_a_sweep_trains_one_trunk_for_both_cooldowns_and_reads_what_it_planned(out):
+  result = json.loads((out / "sweep" / "sweep.json").read_text())
+  began = [row for row in run.read_lines(out / "sweep" / "ledger.jsonl") if row["event"] == "began"]
+  assert [row["stage"] for row in began] == ["trunk", "cooldown", "cooldown"]
+  assert [trial["state"] for trial in result["trials"]] == ["done", "done"]
+  for trial in result["trials"]:
+    (place,) = (out / "sweep" / "trials").glob(f"{trial['trial']}-*/checkpoints/30")
+    plan = saved.data(place)["plan"]
+    drawn, sizes = protocol.amounts(plan, 30 * 16)
+    assert trial["tokens"] == pytest.approx(drawn) and result["sizes"] == pytest.approx(sizes)
+    assert all(source["rows"] < source["of"] for source in plan["sources"] if source["of"] > 20)
+    assert len(trial["bits_per_byte"]) == 70
+  assert result["trials"][0]["bits_per_byte"] != result["trials"][1]["bits_per_byte"]
+  page = (out / "sweep" / "sweep.html").read_text()
   assert all(code in page for code in result["languages"]) and "http" not in page
 
 

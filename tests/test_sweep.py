@@ -1,4 +1,4 @@
-"""What a sweep tries, what it runs, and what a kill leaves; trials that train are one test, the last."""
+"""What a sweep tries, what it runs, and what a kill leaves. Trials that train are a stage of test_pipeline.py."""
 
 import collections
 import json
@@ -14,7 +14,6 @@ from conftest import ROOT
 
 from tiny_aya_jax import run
 from tiny_aya_jax.sweep import protocol, runner, space, sweep
-from tiny_aya_jax.train import saved
 
 CODES = ("deu_Latn", "tur_Latn", "hin_Deva", "wol_Latn")
 
@@ -122,7 +121,7 @@ def plans(asked, data, workdir):
 
 
 def test_tokens_are_split_into_a_trunk_and_its_cooldown(data, tmp_path):
-  asked = config(tokens=51_200, cooldown_share=0.25, more_seeds=(),
+  asked = config(tokens=51_200, cooldown_share=0.25,
                  grid=(("trunk.data.batch", (8,)), ("cooldown.data.mixture.temperature", (2.0,))))
   (planned,) = plans(asked, data, tmp_path)
   trunk, cooldown = planned.stages
@@ -312,19 +311,11 @@ def test_a_queue_that_takes_a_command_and_returns_is_waited_for(fake, monkeypatc
   assert sorted(outcomes(workdir).values()) == ["done", "done", "refused"]
 
 
-def test_trials_are_trained_and_read_what_was_planned(data, tmp_path):
-  asked = config(tokens=16 * 32 * 10, cooldown_share=0.2, keep=True, more_seeds=(),
-                 grid=(("cooldown.data.mixture.temperature", (1.0, 100.0)),))
-  planned = plans(asked, data, tmp_path / "sweep")
-  assert sweep.main(asked, tmp_path / "sweep") == 0
-  result = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-  assert [trial["state"] for trial in result["trials"]] == ["done", "done"]
-  for one, trial in zip(planned, result["trials"]):
-    place = saved.find(one.stages[-1].workdir)
-    plan = saved.data(place)["plan"]
-    drawn, sizes = protocol._amounts(plan, saved.meta(place)["step"] * 16)
-    assert trial["tokens"] == pytest.approx(drawn) and result["sizes"] == pytest.approx(sizes)
-    assert all(source["of"] >= source["rows"] for source in plan["sources"])
-    assert set(trial["bits_per_byte"]) == set(CODES)
-  began = [row for row in run.read_lines(tmp_path / "sweep" / "ledger.jsonl") if row["event"] == "began"]
-  assert [row["stage"] for row in began] == ["trunk", "cooldown", "cooldown"]  # one trunk for both
+def test_what_was_refused_is_tried_again_by_the_next_call(fake):
+  made, workdir, ran = fake
+  (ran / "code-2.0-0").write_text("65")
+  assert sweep.main(made(cooldown_share=0.0), workdir) == 0
+  assert sweep.main(made(cooldown_share=0.0), workdir) == 0
+  states = [(row["trial"], row["state"]) for row in run.read_lines(workdir / "ledger.jsonl")
+            if row["event"] == "outcome"]
+  assert states[-1] == ("temperature-2.0_seed-0", "done") and len(states) == 4

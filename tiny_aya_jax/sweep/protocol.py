@@ -78,7 +78,7 @@ def planned(config, workdir, trial, data):
       row += stage.config.steps * batch
   except run.Refused as refusal:
     raise run.Refused(f"arm {trial.arm!r}: {refusal}") from None
-  drawn, sizes = _amounts(plan, row)
+  drawn, sizes = amounts(plan, row)
   remarks = [line for line in mixture.table(plan, row) if line.startswith("warning: ")]
   return Planned(trial, run.fingerprint([stage.key for stage in stages]), stages, drawn, sizes,
                  {code: amount / sizes[code] for code, amount in drawn.items()},
@@ -148,7 +148,7 @@ def _leaves(config, prefix=""):
       yield prefix + name, config[name]
 
 
-def _amounts(plan, row):
+def amounts(plan, row):
   """({code: tokens of the global rows before `row`}, {code: tokens in an epoch}) of a plan."""
   drawn, tokens, sizes = mixture.counts(plan, row), {}, {}
   for source in plan["sources"]:
