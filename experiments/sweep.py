@@ -59,8 +59,9 @@ def get_config(variant="full"):
   c.law.most_epochs = 4.0  # up to here repeats are worth almost as much as new text (arXiv 2305.16264)
   # Who runs it: each trial is one or two processes of train.
   c.at_once = 1  # lanes
-  # Words before each command, {lane} being 0 .. at_once - 1: ("taskset", "-c", "{lane}"), ("srun", "-N1"),
-  # ("gcloud", ..., "proxy-{lane}", "--worker=all", "--command={command}")
+  # Words before each command: ("taskset", "-c", "{lane}"), {lane} being 0 .. at_once - 1; ("srun", "-N1").
+  # Or around it: ("sbatch", "--wait", "--wrap={command}"), ("gcloud", ..., "ssh", "proxy-{lane}",
+  # "--worker=all", "--command=cd tiny_aya_jax && .venv/bin/python {arguments}"); {key} names a run.
   c.prefix = ()
   c.detached = False  # the prefix puts the command into a queue and returns at once
   c.retries = 2  # of a run that crashed

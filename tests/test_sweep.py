@@ -22,6 +22,9 @@ def config(file="sweep.py:tiny", **fields):
   found = run.load_config(f"{ROOT / 'experiments' / file}")
   with found.unlocked():
     found.trunk, found.cooldown = (str(ROOT / "experiments" / f"{name}.py:tiny") for name in ("pretrain", "cooldown"))
+    found.keep = False
+    if found.search == "grid":
+      found.tokens, found.x, found.grid = 40_000, "data.mixture.temperature", (("data.mixture.temperature", (1.0, 100.0)),)
     for name, value in fields.items():
       found[name] = value
   return found
@@ -131,6 +134,20 @@ def test_tokens_are_split_into_a_trunk_and_its_cooldown(data, tmp_path):
   assert cooldown.flags["init_from"] == str(trunk.workdir) and cooldown.flags["init_what"] == "state"
   assert trunk.config.data.validation is None and cooldown.config.data.validation
   assert planned.operations > 0 and protocol.tokens(trunk) + protocol.tokens(cooldown) == 51_200
+
+
+@pytest.mark.parametrize("prefix, said", [
+    (("taskset", "-c", "{lane}"), "taskset -c 3 PYTHON -m tiny_aya_jax train"),
+    (("sbatch", "--wait", "--wrap={command}"), "sbatch --wait --wrap=PYTHON -m tiny_aya_jax train"),
+    (("ssh", "slice-{lane}", "--name={key}", "cd it && python {arguments}"),
+     "ssh slice-3 --name=KEY cd it && python -m tiny_aya_jax train"),
+])
+def test_a_prefix_puts_a_run_elsewhere(data, tmp_path, prefix, said):
+  asked = config(prefix=prefix)
+  (stage, *_), *_ = [planned.stages for planned in plans(asked, data, tmp_path)]
+  words = " ".join(runner.Runner(asked, tmp_path, None)._words(3, stage, tmp_path / "exit"))
+  assert words.startswith(said.replace("PYTHON", sys.executable).replace("KEY", stage.key[:12])), words
+  assert f"--workdir={stage.workdir}" in words
 
 
 def test_trials_that_differ_in_their_cooldown_alone_share_a_trunk(data, tmp_path):

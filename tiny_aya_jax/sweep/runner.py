@@ -188,10 +188,13 @@ class Runner:
       code = shlex.quote(str(code_file))
       command = ["sh", "-c", f"{shlex.join(command)}; code=$?; echo $code > {code}.tmp; mv {code}.tmp {code}; "
                              "exit $code"]
-    prefix = [word.replace("{lane}", str(number)) for word in self.config.prefix]
-    if any("{command}" in word for word in prefix):  # a shell elsewhere reads it as one word
-      return [word.replace("{command}", shlex.join(command)) for word in prefix]
-    return [*prefix, *command]
+    found = {"{lane}": str(number), "{key}": stage.key[:12], "{command}": shlex.join(command),
+             "{arguments}": shlex.join(command[1:])}  # of another machine's interpreter
+    prefix = list(self.config.prefix)
+    for name, value in found.items():
+      prefix = [word.replace(name, value) for word in prefix]
+    whole = any("{command}" in word or "{arguments}" in word for word in self.config.prefix)
+    return prefix if whole else [*prefix, *command]
 
   def _call(self, words, stage):
     environment = os.environ | dict(JAX_COMPILATION_CACHE_DIR=os.environ.get(
@@ -209,13 +212,15 @@ class Runner:
 
   def _waited(self, code_file):
     """The exit code that a run in a queue wrote; 1 if none came in a week."""
+    if not code_file.exists():
+      run.say(f"waiting for {code_file}; if the job is gone, write an exit code there: 1 asks the queue again")
     began = time.monotonic()
     while not code_file.exists():
       if self.stopping.wait(POLL_SECONDS):
         raise Stopped
       if time.monotonic() - began > DETACHED_SECONDS:
         return 1
-    return int(code_file.read_text())
+    return int(code_file.read_text().strip() or 1)
 
   def _wait_for_holder(self, stage):
     """Until no other process trains in the stage's workdir: one that outlived an earlier sweep."""

@@ -17,6 +17,7 @@ from tiny_aya_jax.evaluate import rollups
 from tiny_aya_jax.sweep import laws, page, protocol, runner, space, terminal, verdict
 
 PLANNED_MFU = 0.40  # as in plan: no roofline is reached
+SHOWN = 7  # arms beside each other in a terminal
 PREDICTED = "predicted optimum"  # the arm that laws.py asks for
 
 
@@ -267,8 +268,22 @@ def preview(config, plans, ledger):
     over = sum(value > mixture.MOST_EPOCHS for value in epochs.values())
     yield (f"{arm:32} {len(group):>5} {over:>11} {none:>5}   "
            + ", ".join(f"{code} {epochs[code]:.3g}" for code in most))
+  if config.dry_run:
+    yield from _epochs(arms)
   yield from _warnings(config, plans)
   yield from _cost(config, plans, ledger)
+
+
+def _epochs(arms):
+  """A line a language, most text first: epochs of the imitated run under the first arms."""
+  shown = list(arms)[:SHOWN]
+  codes = sorted(arms[shown[0]][0].sizes, key=arms[shown[0]][0].sizes.get, reverse=True)
+  yield f"{'epochs':14}{'tokens':>10} " + "".join(f"{arm[-13:]:>14}" for arm in shown)
+  for code in codes:
+    cells = "".join(f"{arms[arm][0].epochs[code]:>14.3g}" for arm in shown)
+    yield f"{code:14}{arms[shown[0]][0].sizes[code]:>10.3g} {cells}"
+  if len(arms) > len(shown):
+    yield f"  no room here for {len(arms) - len(shown)} other arms"
 
 
 def _warnings(config, plans):
