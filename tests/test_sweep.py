@@ -71,7 +71,7 @@ def test_optuna_goes_on_from_what_was_measured():
 
 @pytest.mark.parametrize("fields, said", [
     (dict(search="gird"), "did you mean 'grid'?"),
-    (dict(search="random"), "config.grid is set, and config.search is 'random'"),
+    (dict(search="optuna"), "config.grid is set, and config.search is 'optuna'"),
     (dict(search="random", grid=()), "config.space is empty"),
     (dict(space=(("schedule.peak", "log", 1.0, 2.0),)), "config.space is set"),
     (dict(search="random", grid=(), space=(("schedule.peak", "log", 0.0, 2.0),)), "'log' from 0.0"),

@@ -1,8 +1,8 @@
 """What a sweep tries: a config in, trials out, each a dict of train fields. Runs nothing.
 
 An arm is a setting, a trial an arm with a seed. Arms are the product of `arms` (fields that belong
-together, by name) and `grid` (values of one field), or draws from `space`: "random", where draw n is
-a function of (config.seed, n) alone, or "optuna", where it depends on what earlier ones measured.
+together, by name) and `grid` (values of one field); with "random" also draws from `space`, draw n being
+a function of (config.seed, n) alone; with "optuna" these only, each after what earlier ones measured.
 
 A field is one of train's config, of both stages, or of one: `trunk.steps`, `cooldown.data.mixture.within`;
 or the sweep's own `tokens` and `cooldown_share`. Distributions of `space`:
@@ -42,11 +42,11 @@ class Trial(NamedTuple):
 def check(config):
   """Refuses what describes no set of trials."""
   run.choose("config.search", config.search, SEARCHES)
-  grid = config.search == "grid"
-  for field, others in dict(arms=not grid, grid=not grid, space=grid).items():
-    if others and config[field]:
+  unread = dict(grid=("space",), random=(), optuna=("arms", "grid"))[config.search]
+  for field in unread:
+    if config[field]:
       raise run.Refused(f"config.{field} is set, and config.search is {config.search!r}, which does not read it")
-  if not grid and not config.space:
+  if config.search != "grid" and not config.space:
     raise run.Refused(f"config.search is {config.search!r} and config.space is empty: there is nothing to draw")
   for pair in (*config.arms, *config.grid):
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not pair[1]:
@@ -68,15 +68,16 @@ def check(config):
 
 
 def arms(config, codes):
-  """[(arm, settings)] of a grid or of random draws; codes: the languages there are."""
-  if config.search == "random":
-    return [(f"draw {number}", drawn(config, number, codes)) for number in range(config.draws)]
+  """[(arm, settings)] of a grid, and of random draws; codes: the languages there are."""
   named = [(name, dict(pairs)) for name, pairs in config.arms] or [("", {})]
   axes = [[(field, value) for value in values] for field, values in config.grid]
   found = []
-  for (name, settings), *chosen in itertools.product(named, *axes):
-    words = [name, *(f"{field.rpartition('.')[2]} {value}" for field, value in chosen)]
-    found.append((", ".join(filter(None, words)) or "as it is", settings | dict(chosen)))
+  if config.search == "grid" or config.arms or config.grid:
+    for (name, settings), *chosen in itertools.product(named, *axes):
+      words = [name, *(f"{field.rpartition('.')[2]} {value}" for field, value in chosen)]
+      found.append((", ".join(filter(None, words)) or "as it is", settings | dict(chosen)))
+  if config.search == "random":
+    found += [(f"draw {number}", drawn(config, number, codes)) for number in range(config.draws)]
   return found
 
 
