@@ -161,8 +161,8 @@ def _languages(result, view):
 
 def _rest(view):
   left = views.left_out(view)
-  return (f"Beside the {len(view['shown'])} best arms there is no room for {_text(', '.join(left))}: they "
-          "are in sweep.json." if left else "")
+  return (f"Beside the {len(view['shown'])} best arms there is no room for "
+          f"{_text(', '.join(left))}: they are in sweep.json." if left else "")
 
 
 def _heat_head(view, second, last):
@@ -243,9 +243,8 @@ def _sensitive(result, view):
          f"<p class=key>Change in bits per byte, most first, and the rank correlation of bits per "
          f"byte with x.{along}</p><div class=plots>")
   for words, codes in (("Gain", seen["gain"]), ("Lose", seen["lose"])):
-    yield f"<div><h3>{words}</h3><ul class=change>"
-    yield from (_moved(result, seen["languages"][code], code) for code in codes)
-    yield "</ul></div>"
+    rows = "".join(_moved(result, seen["languages"][code], code) for code in codes)
+    yield f"<div><h3>{words}</h3><ul class=change>{rows}</ul></div>" if codes else ""
   yield "</div>"
 
 
@@ -292,7 +291,7 @@ def _spent_row(result, view, code):
 
 def _spent_cell(view, arm, code):
   epochs, tokens = (view[key][arm].get(code, 0) for key in ("epochs", "tokens"))
-  classes = ["over"] * (epochs > views.EPOCHS) + ["chosen"] * (arm == view["seen"]["recommended"])
+  classes = ["much"] * (epochs > views.EPOCHS) + ["chosen"] * (arm == view["seen"]["recommended"])
   mark = "▲" if epochs > views.EPOCHS else ""
   return (f"<td{_classes(classes)}>{mark}{views.repeats(epochs)} "
           f"<small>{views.count(tokens) if tokens else 'none'}</small></td>")

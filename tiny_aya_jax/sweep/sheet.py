@@ -29,7 +29,7 @@ _CSS = """.say{font-size:1.15em;max-width:52em}
 .heat tbody tr:hover>th{background:color-mix(in srgb,var(--line) 45%,transparent)}
 .heat td[style]{background:color-mix(in srgb,var(--worse) calc(var(--h)*.45%),transparent)}
 .heat .best{font-weight:700;text-decoration:underline;text-underline-offset:3px}
-.heat .over{color:var(--worse)}
+.heat .much{color:var(--worse)}
 .heat .chosen{border-inline:1px solid var(--muted)}
 .heat .region :is(th,td){padding-top:1em}
 .change b{color:var(--ink);font-weight:600}
@@ -41,6 +41,7 @@ _CSS = """.say{font-size:1.15em;max-width:52em}
 .plot .right{transform:translate(9px,4px)}.plot .left{transform:translate(-9px,4px)}
 .law{width:auto}.law:is(*,.small) :is(th,td){width:auto;padding-inline-end:18px}
 .groups{--least:26em}
+table+.plots{margin-top:16px}
 .plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
 .share:is(*,.small) :is(td,th:not(:first-child)){width:6.2em}
 pre{white-space:pre-wrap;font-size:.8em}
