@@ -17,15 +17,20 @@ def with_laws():
   result["trials"].append(best)
   shares = {code: tokens / sum(best["tokens"].values()) for code, tokens in best["tokens"].items()}
   predicted = {code: bits + 0.01 for code, bits in best["bits_per_byte"].items()}
-  forms = dict(constant=dict(error=0.0412, error_of_means=0.0123, rank=None),
-               power=dict(error=0.0034, error_of_means=0.0012, rank=0.875))
-  return result | dict(
-      verdict=None, laws=dict(
-          forms=forms, noise=0.0021, chosen="power", optimum=dict(
-              shares=shares, predicted=predicted, value=1.1234, beside=1.2345, capped=[],
-              spread=0.0011)),
-      tests=[dict(arm="predicted optimum", seed=0, predicted=predicted,
-                  measured=best["bits_per_byte"])])
+  arms = {arm: dict(predicted=1.1111, measured=1.2222) for arm in ARMS}
+  form = lambda *errors: dict(zip(
+      ("error", "error_of_means", "error_of_objective", "rank"), errors), arms=arms)
+  laws = dict(
+      forms=dict(constant=form(0.0412, 0.0123, 0.0321, None),
+                 power=form(0.0034, 0.0012, 0.0022, 0.875)),
+      noise=dict(pooled=0.0021, of_mean=0.0006), chosen="power", why="mean error",
+      optimum=dict(
+          shares=shares, predicted=predicted, value=1.1234, deviation=0.0045, draws=4000, best=64,
+          spread=[1.1212, 1.1256], capped=["wol_Latn"], floor_kept=1.0,
+          gain=dict(value=0.0087, deviation=0.0043, agree=0.95), arm=dict(
+              arm="temperature 3.33", predicted=1.1321, measured=1.1333, within_caps=True)))
+  return result | dict(verdict=None, laws=laws, tests=[dict(
+      arm="predicted optimum", seed=0, predicted=predicted, measured=best["bits_per_byte"])])
 
 
 def broken():
@@ -58,7 +63,8 @@ def test_every_language_has_its_figure_under_every_arm():
   means = [f"{np.mean(list(columns[arm].values())):.4f}" for arm in order]
   assert rows["All languages 69"][1:-1] == means
   africa = [code for code in CODES if FACTS[code]["region"] == "Africa"]
-  assert rows[f"Africa {len(africa)}"][1] == f"{np.mean([columns[order[0]][c] for c in africa]):.4f}"
+  first = np.mean([columns[order[0]][code] for code in africa])
+  assert rows[f"Africa {len(africa)}"][1] == f"{first:.4f}"
 
 
 def test_the_best_arm_of_a_row_is_marked_and_the_shade_grows_with_the_distance():
@@ -130,7 +136,8 @@ def test_epochs_above_four_are_marked_and_so_is_text_of_less_than_a_row():
 def test_plots_have_a_dot_for_every_arm_and_seed_and_for_every_region():
   front, curves = re.findall(r"<svg class='?plot.*?</svg>", page.page(made()))
   assert front.count("<title>") == 7 and front.count("class=seed") == 6
-  for x, y in re.findall(r"<circle [^>]*cx=([-.\d]+)% cy=([-\d]+)", front + curves):
+  loud = page.page(made(noise=0.05))
+  for x, y in re.findall(r"<circle [^>]*cx=([-.\d]+)% cy=([-\d]+)", loud):
     assert 0 <= float(x) <= 100 and 0 <= int(y) <= 300
   assert front.count("class=front") == len(made()["verdict"]["front"])
   assert curves.count("<title>") == 6 * 6  # five regions and the mean at six temperatures
@@ -141,10 +148,13 @@ def test_plots_have_a_dot_for_every_arm_and_seed_and_for_every_region():
 def test_laws_are_shown_beside_the_constant_and_the_noise_and_tests_beside_both():
   result = with_laws()
   text = page.page(result)
-  laws, regions, changes, tests = tables(text)[3:]
-  assert laws["constant"] == ["0.0412", "0.0123", "–"]
-  assert laws["power chosen"] == ["0.0034", "0.0012", "0.88"]
-  assert "(0.0021)" in text and len(changes) == 11
+  laws, foreseen, regions, changes, tests = tables(text)[3:]
+  assert laws["constant"] == ["0.0412", "0.0123", "0.0321", "–"]
+  assert laws["power"] == ["0.0034", "0.0012", "0.0022", "0.88"]
+  assert laws["noise"][:2] == ["0.0021", "0.0006"] and "Chosen: <b>power</b>" in text
+  assert foreseen["temperature 1.43"] == ["1.1111", "1.2222"] and len(changes) == 11
+  for figure in ("1.1234", "0.0045", "1.1212", "1.1256", "0.0087 ± 0.0043", "95%", "wol_Latn."):
+    assert figure in text
   shares = result["laws"]["optimum"]["shares"]
   europe = sum(share for code, share in shares.items() if FACTS[code]["region"] == "Europe")
   assert regions["Europe"][1] == f"{europe:.2%}"
@@ -155,6 +165,12 @@ def test_laws_are_shown_beside_the_constant_and_the_noise_and_tests_beside_both(
   apart = [columns["predicted optimum"][code] - np.mean([columns[arm][code] for arm in ARMS])
            for code in CODES]
   assert tests["predicted optimum"][1] == f"{np.mean(np.abs(apart)):.4f}"
+
+
+def test_a_law_without_an_optimum_says_why():
+  result = with_laws() | dict(tests=[])
+  result["laws"] |= dict(optimum=None, no_optimum="the caps sum to 0.5", noise=None)
+  assert "No mixture is predicted: the caps sum to 0.5." in page.page(result)
 
 
 def test_trials_that_came_to_nothing_and_how_it_was_made_end_the_page():
