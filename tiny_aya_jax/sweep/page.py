@@ -82,7 +82,8 @@ def _arms(result, view):
                     _arm_cells(view, arm, kind))
     yield (f"<tr{' class=chosen' if chosen else ''}><th scope=row><bdi>{_text(arm['arm'])}</bdi>"
            f"{' <small>recommended</small>' if chosen else ''}</th>{cells}</tr>")
-  yield "</tbody></table><p class=key>± is the standard deviation between an arm's own seeds.</p>"
+  yield "</tbody></table><p class=key>±: standard deviation between an arm's own seeds. Front:"
+  yield "of mean against worst language; an arm is beaten by one that is better in both.</p>"
 
 
 def _arm_cells(view, arm, kind):
@@ -102,7 +103,7 @@ def _arm_cells(view, arm, kind):
                         f"{views.EPOCHS}</small>" if above else "–")
   beaten = arm["dominated_by"]
   yield "front", ("on it" if arm["front"] else
-                  f"<small>beaten in both by {_text(beaten[0])}"
+                  f"<small>beaten by {_text(beaten[0])}"
                   f"{f' and {len(beaten) - 1} more' if beaten[1:] else ''}</small>")
 
 
