@@ -117,7 +117,7 @@ def test_students_t_is_that_of_the_tables(freedom, t):
 @pytest.mark.parametrize("seeds", [(3, 3), (3, 2)])
 def test_an_interval_holds_a_planted_null_95_times_of_100(common, seeds):
   draw, held = np.random.default_rng(1), 0
-  for _ in range(500):
+  for _ in range(300):
     shared = common * draw.normal(size=3) * (seeds[0] == seeds[1])
     arms = {name: [[bits + shared[seed]] * 2 for seed, bits in enumerate(draw.normal(size=count))]
             for name, count in zip("ab", seeds)}
@@ -125,7 +125,7 @@ def test_an_interval_holds_a_planted_null_95_times_of_100(common, seeds):
     apart = seen["arms"][1]["difference"]
     assert apart["paired"] == (seeds[0] == seeds[1])
     held += apart["low"] <= 0 <= apart["high"]
-  assert 0.92 <= held / 500 <= 0.98
+  assert 0.92 <= held / 300 <= 0.98
 
 
 def test_arms_of_the_same_seeds_are_paired_and_so_told_apart():
@@ -134,8 +134,9 @@ def test_arms_of_the_same_seeds_are_paired_and_so_told_apart():
   assert apart["paired"] and apart["told"] and math.isclose(apart["value"], 0.31 / 3)
   half = 4.3027 * statistics.stdev([0.1, 0.12, 0.09]) / math.sqrt(3)
   assert math.isclose(apart["high"] - apart["value"], half, rel_tol=1e-4)
-  rows["b"].append([9, 9])
-  assert not verdict.of(small(rows))["arms"][1]["difference"]["told"]
+  rows["c"] = [[1, 1], [2.3, 2.3]]
+  apart = {arm["arm"]: arm["difference"] for arm in verdict.of(small(rows))["arms"]}
+  assert apart["a"]["paired"] is False and apart["a"]["told"] is False
 
 
 def test_noise_that_exceeds_the_effect_is_said_with_the_seeds_that_would_settle_it():
@@ -232,7 +233,7 @@ def test_small_languages_gain_from_flattening_and_large_ones_lose():
 
 def test_ranks_share_their_mean_and_no_correlation_is_of_nothing():
   assert verdict.rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
-  assert verdict.rank_correlation([1, 2, 3], [5, 5, 9]) == pytest.approx(math.sqrt(0.75))
+  assert verdict.rank_correlation([1, 2, 3, 4], [5, 5, 7, 9]) == pytest.approx(math.sqrt(0.9))
   assert verdict.rank_correlation([1, 2], [1, 2]) is None
   assert verdict.rank_correlation([1, 2, 3], [1, 1, 1]) is None
 

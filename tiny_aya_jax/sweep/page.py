@@ -82,7 +82,8 @@ def _arms(result, view):
                     _arm_cells(view, arm, kind))
     yield (f"<tr{' class=chosen' if chosen else ''}><th scope=row><bdi>{_text(arm['arm'])}</bdi>"
            f"{' <small>recommended</small>' if chosen else ''}</th>{cells}</tr>")
-  yield "</tbody></table><p class=key>± is the standard deviation between an arm's own seeds.</p>"
+  yield "</tbody></table><p class=key>±: standard deviation between an arm's own seeds. Front:"
+  yield "of mean against worst language; an arm is beaten by one that is better in both.</p>"
 
 
 def _arm_cells(view, arm, kind):
@@ -102,7 +103,7 @@ def _arm_cells(view, arm, kind):
                         f"{views.EPOCHS}</small>" if above else "–")
   beaten = arm["dominated_by"]
   yield "front", ("on it" if arm["front"] else
-                  f"<small>beaten in both by {_text(beaten[0])}"
+                  f"<small>beaten by {_text(beaten[0])}"
                   f"{f' and {len(beaten) - 1} more' if beaten[1:] else ''}</small>")
 
 
@@ -161,8 +162,8 @@ def _languages(result, view):
 
 def _rest(view):
   left = views.left_out(view)
-  return (f"Beside the {len(view['shown'])} best arms there is no room for {_text(', '.join(left))}: they "
-          "are in sweep.json." if left else "")
+  return (f"Beside the {len(view['shown'])} best arms there is no room for "
+          f"{_text(', '.join(left))}: they are in sweep.json." if left else "")
 
 
 def _heat_head(view, second, last):
@@ -243,9 +244,8 @@ def _sensitive(result, view):
          f"<p class=key>Change in bits per byte, most first, and the rank correlation of bits per "
          f"byte with x.{along}</p><div class=plots>")
   for words, codes in (("Gain", seen["gain"]), ("Lose", seen["lose"])):
-    yield f"<div><h3>{words}</h3><ul class=change>"
-    yield from (_moved(result, seen["languages"][code], code) for code in codes)
-    yield "</ul></div>"
+    rows = "".join(_moved(result, seen["languages"][code], code) for code in codes)
+    yield f"<div><h3>{words}</h3><ul class=change>{rows}</ul></div>" if codes else ""
   yield "</div>"
 
 
@@ -292,7 +292,7 @@ def _spent_row(result, view, code):
 
 def _spent_cell(view, arm, code):
   epochs, tokens = (view[key][arm].get(code, 0) for key in ("epochs", "tokens"))
-  classes = ["over"] * (epochs > views.EPOCHS) + ["chosen"] * (arm == view["seen"]["recommended"])
+  classes = ["much"] * (epochs > views.EPOCHS) + ["chosen"] * (arm == view["seen"]["recommended"])
   mark = "▲" if epochs > views.EPOCHS else ""
   return (f"<td{_classes(classes)}>{mark}{views.repeats(epochs)} "
           f"<small>{views.count(tokens) if tokens else 'none'}</small></td>")
@@ -306,39 +306,59 @@ def _laws(result, view):
   laws = result["laws"]
   if not laws:
     return
-  noise = f" ({laws['noise']:.4f})" if laws["noise"] is not None else ", which is not known here"
-  yield "<h2 id=laws>Laws of the mixture</h2><p class=key>Error: of a law that was fitted without"
-  yield "an arm, on that arm, in bits per byte. A law that says anything is well below"
-  yield "<b>constant</b>, which predicts each language's mean; none can be below the"
-  yield f"noise{noise}.</p>{_table_head('law', 'error', 'error of means', 'rank correlation')}"
-  for name, form in laws["forms"].items():
-    chosen = " <small>chosen</small>" if name == laws["chosen"] else ""
-    cells = "".join(f"<td>{_figure(form[key], digits)}</td>"
-                    for key, digits in dict(error=4, error_of_means=4, rank=2).items())
-    yield f"<tr><th scope=row>{_text(name)}{chosen}</th>{cells}</tr>"
-  yield "</tbody></table>"
-  yield from _optimum(result, view, laws["optimum"])
+  yield "<h2 id=laws>Laws of the mixture</h2><p class=key>Mean absolute errors, in bits per byte,"
+  yield "of a law that was fitted without an arm, on that arm. A law that says anything is below"
+  yield "<b>constant</b>, which predicts each language's mean; none is much below the noise, the"
+  yield f"standard deviation between seeds.</p>{_forms(laws)}"
+  yield f"<p>Chosen: <b>{_text(laws['chosen'])}</b>; {_text(laws['why'])}.</p>"
+  yield from _foreseen(laws)
+  yield from _optimum(result, view, laws)
 
 
-def _table_head(*names):
-  heads = "".join(f"<th scope=col>{name}</th>" for name in names)
-  return f"<table class='law small'><thead><tr>{heads}</tr></thead><tbody>"
+def _forms(laws):
+  keys = dict(error=4, error_of_means=4, error_of_objective=4, rank=2)
+  rows = [(name, [_figure(form[key], digits) for key, digits in keys.items()])
+          for name, form in laws["forms"].items()]
+  if laws["noise"]:
+    noise = [_figure(laws["noise"][key], 4) for key in ("pooled", "of_mean")]
+    rows.append(("noise", [*noise, "", ""]))
+  return _figures(("law", "of languages", "of their mean", "of the objective", "rank correlation"),
+                  rows)
+
+
+def _figures(heads, rows):
+  """A table of (name, cells)."""
+  body = "".join(f"<tr><th scope=row><bdi>{_text(name)}</bdi></th>"
+                 f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, cells in rows)
+  heads = "".join(f"<th scope=col>{head}</th>" for head in heads)
+  return (f"<table class='law small'><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def _figure(value, digits):
   return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _optimum(result, view, optimum):
+def _foreseen(laws):
+  """Every arm as the chosen law foresaw it from the others."""
+  arms = laws["forms"][laws["chosen"]]["arms"]
+  rows = [(arm, [_figure(row[key], 4) for key in ("predicted", "measured")])
+          for arm, row in arms.items()]
+  yield "<details><summary><h2 id=foreseen>Every arm, foreseen from the others</h2></summary>"
+  yield "<p class=key>The objective by the chosen law, fitted without the arm.</p>"
+  yield f"{_figures(('arm', 'predicted', 'measured'), rows)}</details>"
+
+
+def _optimum(result, view, laws):
   """Shares of the mixture that the law likes best, beside those of the best arm that was run."""
+  optimum = laws["optimum"]
   if not optimum:
-    yield "<p>No optimum is predicted.</p>"
+    yield f"<p>No mixture is predicted: {_text(laws['no_optimum'])}.</p>"
     return
   arm, before = _before(result, view)
-  groups = views.regions(result, optimum["shares"])
-  yield f"<h3>The mixture that is predicted to be best</h3><p>{_text(_promise(optimum))}</p>"
+  yield "<h3>The mixture that is predicted to be best</h3>"
+  yield f"<p>{_text(' '.join(_promise(result, laws)))}</p>"
   yield f"<div class=groups><div>{_share_head(arm, 'region')}"
-  for region, codes in groups.items():
+  for region, codes in views.regions(result, optimum["shares"]).items():
     yield _share_row(_text(region), *(sum(shares.get(code, 0) for code in codes)
                                       for shares in (before, optimum["shares"])))
   yield f"</tbody></table></div><div>{_share_head(arm, 'largest changes')}"
@@ -358,8 +378,25 @@ def _before(result, view):
   return arm, {code: amount / whole for code, amount in tokens.items()}
 
 
-def _promise(optimum):
-  return f"Predicted: {optimum['value']:.4f}."
+def _promise(result, laws):
+  """Sentences on what is predicted and how far it can be believed."""
+  optimum, error = laws["optimum"], laws["forms"][laws["chosen"]]["error_of_objective"]
+  yield (f"Predicted: {optimum['value']:.4f} bits per byte, with a deviation of "
+         f"{optimum['deviation']:.4f} over laws of resampled arms; the mean of the best "
+         f"{optimum['best']:,} of {optimum['draws']:,} mixtures drawn, which lie from "
+         f"{optimum['spread'][0]:.4f} to {optimum['spread'][1]:.4f}.")
+  if optimum["gain"]:
+    arm, gain = optimum["arm"], optimum["gain"]
+    caps = "within the caps" if arm["within_caps"] else "(no arm is within the caps)"
+    yield (f"That is {gain['value']:.4f} ± {gain['deviation']:.4f} below what is predicted of the "
+           f"best arm {caps}, {arm['arm']}: {arm['predicted']:.4f}, measured "
+           f"{arm['measured']:.4f}; {gain['agree']:.0%} of the resampled laws see a gain.")
+  if result["objective"]["kind"] == "floor":
+    yield f"The floor holds in {optimum['floor_kept']:.0%} of the resampled laws."
+  if optimum["capped"]:
+    yield f"At their cap of epochs: {', '.join(optimum['capped'])}."
+  if error is not None:
+    yield f"On arms left out the law was off by {error:.4f}, which is no part of these deviations."
 
 
 def _share_head(arm, first):
@@ -385,12 +422,9 @@ def _tests(result, view):
   noise = views.mean(noise["languages"], noise["languages"]) if noise else None
   yield "<h3 id=tests>Predicted and measured</h3><p class=key>Mean absolute error over languages;"
   yield "constant: of predicting each language's mean over the other arms; noise: of one language"
-  yield f"between seeds.</p>{_table_head('arm', 'error', 'constant', 'noise')}"
-  for row in rows:
-    cells = "".join(f"<td>{_figure(value, 4)}</td>"
-                    for value in (row["error"], row["constant"], noise))
-    yield f"<tr><th scope=row><bdi>{_text(row['arm'])}</bdi></th>{cells}</tr>"
-  yield "</tbody></table><div class=plots>"
+  yield "between seeds.</p>" + _figures(("arm", "error", "constant", "noise"), [
+      (row["arm"], [_figure(value, 4) for value in (row["error"], row["constant"], noise)])
+      for row in rows]) + "<div class=plots>"
   yield from (figure for row in rows for figure in plots.predicted(result, row))
   yield "</div>"
 

@@ -214,8 +214,9 @@ def predicted(result, test):
   dots = "".join(
       f"<circle class=r{scatters.shade(result['languages'][code]['region'])} "
       f"cx={place(test['predicted'][code]):.1f}% cy={height(test['measured'][code]):.0f}><title>"
-      f"{html.escape(result['languages'][code]['name'])}: {signed(test['predicted'][code], '.3f')}, "
-      f"measured {signed(test['measured'][code], '.3f')}</title></circle>" for code in codes)
+      f"{html.escape(result['languages'][code]['name'])}: predicted "
+      f"{signed(test['predicted'][code], '.3f')}, measured {signed(test['measured'][code], '.3f')}"
+      "</title></circle>" for code in codes)
   yield (f"<figure><figcaption>{html.escape(test['arm'])} <small>above the language's mean over "
          "other arms, in bits per byte: predicted across, measured up; the law was right on the "
          f"line. {_key(result, codes)}</small></figcaption><svg class=plot role=img aria-label="

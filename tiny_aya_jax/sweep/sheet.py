@@ -5,9 +5,7 @@ from tiny_aya_jax.evaluate import style
 
 def css(arms):
   """The CSS for tables with so many arms side by side."""
-  lines = -(-arms // 4)
-  sizes = dict(arms=max(arms, 1), wide=330 + 66 * arms, few=-(-max(arms, 1) // max(lines, 1)))
-  return style.CSS + _CSS + _STACK % sizes
+  return style.CSS + _CSS + _STACK % dict(arms=max(arms, 1), wide=400 + 79 * arms)
 
 
 # Of the heat, at most 45% is colour, so that the ink on it stays above 7:1.
@@ -16,20 +14,22 @@ _CSS = """.say{font-size:1.15em;max-width:52em}
 .warning{border-inline-start:4px solid var(--worse);padding:2px 0 2px 12px;max-width:58em}
 .warning b{color:var(--worse)}
 .arms td,.arms th{border-top:1px solid var(--line);padding:6px 14px 6px 0}
+.arms :is(td,thead th){overflow-wrap:normal}
 .arms small{display:block}
 .arms .chosen>th{font-weight:600}
 .heat{font-size:.9em;width:auto}
-.heat :is(td,th:not(:first-child)){text-align:end;width:4.8em;padding:2px 6px}
+.heat :is(td,th:not(:first-child)){text-align:end;width:79px;padding:2px 4px}
 .heat th:first-child{width:19em}
 .heat th small{color:var(--muted)}
-.heat thead :is(th,td){line-height:1.2;overflow-wrap:normal}
-.heat td:nth-child(2){color:var(--muted);width:4.6em}
+.heat thead :is(th,td){line-height:1.2;font-size:.8em}
+.heat td:nth-child(2){color:var(--muted)}
 .heat td:not(.spread) small{display:block;line-height:1.1}
-.heat .spread{white-space:nowrap;width:7em}
+.heat td{white-space:nowrap}
+.heat .spread{width:7em}
 .heat tbody tr:hover>th{background:color-mix(in srgb,var(--line) 45%,transparent)}
 .heat td[style]{background:color-mix(in srgb,var(--worse) calc(var(--h)*.45%),transparent)}
 .heat .best{font-weight:700;text-decoration:underline;text-underline-offset:3px}
-.heat .over{color:var(--worse)}
+.heat .much{color:var(--worse)}
 .heat .chosen{border-inline:1px solid var(--muted)}
 .heat .region :is(th,td){padding-top:1em}
 .change b{color:var(--ink);font-weight:600}
@@ -39,8 +39,11 @@ _CSS = """.say{font-size:1.15em;max-width:52em}
 .plot .beaten{fill:var(--back);stroke:var(--strong);stroke-width:1.5}
 .plot circle.seed{r:2px;fill:var(--muted)}
 .plot .right{transform:translate(9px,4px)}.plot .left{transform:translate(-9px,4px)}
-.law{width:auto}.law:is(*,.small) :is(th,td){width:auto;padding-inline-end:18px}
+.law{width:auto}
+.law:is(*,.small) :is(th,td){width:auto;overflow-wrap:normal;padding-inline-end:min(18px,2vw)}
+summary{flex-wrap:nowrap}
 .groups{--least:26em}
+table+.plots{margin-top:16px}
 .plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
 .share:is(*,.small) :is(td,th:not(:first-child)){width:6.2em}
 pre{white-space:pre-wrap;font-size:.8em}
@@ -66,8 +69,8 @@ _STACK = """
 @media (max-width:%(wide)dpx){
 .heat,.heat :is(thead,tbody){display:block}
 .heat tr{display:grid;position:relative;padding:3px 0;border-bottom:1px solid var(--line);
- grid-template-columns:repeat(%(arms)d,minmax(0,1fr))}
-.heat tr>:is(th,td):is(*,:first-child){width:auto;min-width:0;border-block:0;padding:1px 6px}
+ grid-template-columns:repeat(auto-fill,minmax(max(6em,calc(100%% / %(arms)d - 1px)),1fr))}
+.heat tr>:is(th,td):is(*,:first-child){width:auto;min-width:0;border-block:0;padding:1px 4px}
 .heat tr>:first-child{grid-column:1/-1;padding:1px 11em 1px 0}
 .heat tr>:nth-child(2){position:absolute;inset-inline-end:5.5em;top:3px}
 .heat tr>.spread{position:absolute;inset-inline-end:0;top:3px}
@@ -78,5 +81,6 @@ _STACK = """
 .heat thead tr{background:var(--back)}
 .heat thead tr>*{position:static}
 }
-@media (max-width:600px){.heat tr{grid-template-columns:repeat(%(few)d,minmax(0,1fr))}}
+@media (max-width:480px){.law{font-size:.84em}}
+@media print{.heat thead{position:static}}
 """

@@ -16,8 +16,9 @@ def of(result):
   regions {region: codes}, the smallest language first, tokens and epochs {arm: {code: mean over
   seeds}}, and shown, the arms that stand side by side, along x, then those without, best first."""
   seen = result["verdict"] or verdict.of(result)
-  columns = {arm: {code: bits[code] for code in seen["languages"]}
-             for arm, bits in verdict.columns(result).items()}
+  measured = verdict.columns(result)
+  columns = {arm["arm"]: {code: measured[arm["arm"]][code] for code in seen["languages"]}
+             for arm in seen["arms"]}
   bests = {code: min(bits[code] for bits in columns.values()) for code in seen["languages"]}
   trials = verdict.finished(result)[0]
   return dict(
