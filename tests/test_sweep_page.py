@@ -108,7 +108,7 @@ def test_arms_are_ranked_with_their_figures_and_intervals():
 
 def test_the_verdict_is_on_the_page_and_in_the_table_in_the_same_words():
   for result in (made(), broken(), small(dict(a=[[1, 2]])) | dict(
-      name="one", tokens=7, axes=["mixture"], target=None, sizes={}, laws=None)):
+      name="one", tokens=7, row=256, axes=["mixture"], target=None, sizes={}, laws=None)):
     for row in result["trials"]:
       if row["state"] == "done":
         row.setdefault("seconds", 1.0), row.setdefault("operations", 1.0)

@@ -33,7 +33,7 @@ def _made(objective, noise, effect, seeds):
             for seed in range(seeds if x in (1, 10) else 1)]
   result = dict(
       name="temperature", objective=dict(objective), axes=["mixture"],
-      target=dict(tokens=TARGET, sizes="report"), tokens=TOKENS, languages=FACTS, sizes=sizes,
+      target=dict(tokens=TARGET, sizes="report"), tokens=TOKENS, row=256, languages=FACTS, sizes=sizes,
       trials=trials, laws=None, verdict=None)
   return result | dict(verdict=verdict.of(result))
 

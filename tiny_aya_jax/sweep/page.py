@@ -279,11 +279,11 @@ def _spent(result, view):
 
 
 def _row_words(result):
-  return f"a row of {result['row']:,} tokens" if result.get("row") else "one token"
+  return f"a row of {result['row']:,} tokens"
 
 
 def _spent_row(result, view, code):
-  row, size = result.get("row") or 1, result["sizes"].get(code)
+  row, size = result["row"], result["sizes"].get(code)
   few = "<b>*</b>" if size is not None and size < row else ""
   cells = "".join(_spent_cell(view, arm, code) for arm in view["shown"])
   return (f"<tr>{_name(result, code)}<td>{'–' if size is None else views.count(size)}{few}</td>"

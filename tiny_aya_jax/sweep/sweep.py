@@ -191,7 +191,7 @@ def _record(config, plans, ledger, data):
       name=config.title, objective=_objective(config),
       axes=sorted({field for planned in plans for field in planned.trial.settings}), x=config.x,
       target=dict(tokens=config.imitate.tokens, sizes=config.imitate.sizes) if config.imitate.tokens else None,
-      tokens=config.tokens, languages=_facts(sorted(codes)), sizes=plans[0].sizes, trials=trials, laws=None,
+      tokens=config.tokens, row=plans[0].stages[0].config.data.T, languages=_facts(sorted(codes)), sizes=plans[0].sizes, trials=trials, laws=None,
       tests=[], verdict=None, made=run.provenance(config),
   )
   return result | dict(verdict=verdict.of(result))
