@@ -61,8 +61,9 @@ def get_config(variant="full"):
   c.at_once = 1  # lanes
   # Words before each command: ("taskset", "-c", "{lane}"), {lane} being 0 .. at_once - 1; ("srun", "-N1").
   # Or around it: ("sbatch", "--wait", "--wrap={command}"), ("gcloud", ..., "ssh", "proxy-{lane}",
-  # "--worker=all", "--command=cd tiny_aya_jax && .venv/bin/python {arguments}"); {key} names a run.
+  # "--worker=all", "--command=cd tiny_aya_jax && {command}"), launch/trial.py; {key} names a run.
   c.prefix = ()
+  c.python = config_dict.placeholder(str)  # the interpreter where they run; not set: this one
   c.detached = False  # the prefix puts the command into a queue and returns at once
   c.retries = 2  # of a run that crashed
   c.keep = True  # checkpoints of finished trials

@@ -53,11 +53,16 @@ def jobset(spec, words):
 
 def xpk(spec, words):
   """One command line. xpk starts again after 42, never after 65 or 75: a saved run ends with 42."""
+  return xpk_line(spec, shlex.join([*PROGRAM, *words]) + "; code=$?; [ $code != 75 ] || code=42; exit $code",
+                  spec.attempts)
+
+
+def xpk_line(spec, command, restarts):
+  """The same for any command of a shell."""
   spec.need("xpk", "project", "zone", "cluster", "topology", "image")
   if spec.environment:
     raise specs.Refused(f"environment names {spec.environment[0]}, and xpk writes values into "
                         "manifests: use jobset, which refers to a Kubernetes secret")
-  command = shlex.join([*PROGRAM, *words]) + "; code=$?; [ $code != 75 ] || code=42; exit $code"
   capacity = {"spot": ["--spot"], "on-demand": ["--on-demand"]}.get(spec.capacity)
   if capacity is None:
     spec.need("xpk with capacity reserved", "reservation")
@@ -66,7 +71,7 @@ def xpk(spec, words):
       "xpk", "workload", "create", "--workload", spec.name, "--cluster", spec.cluster,
       "--project", spec.project, "--zone", spec.zone,
       "--tpu-type", spec.accelerator, "--num-slices", str(spec.slices),
-      "--docker-image", spec.image, "--max-restarts", str(spec.attempts),
+      "--docker-image", spec.image, "--max-restarts", str(restarts),
       "--termination-grace-period-seconds", str(spec.grace_seconds), *capacity, "--command", command,
   ]) + "\n"
 

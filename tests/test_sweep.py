@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -139,14 +140,15 @@ def test_tokens_are_split_into_a_trunk_and_its_cooldown(data, tmp_path):
 @pytest.mark.parametrize("prefix, said", [
     (("taskset", "-c", "{lane}"), "taskset -c 3 PYTHON -m tiny_aya_jax train"),
     (("sbatch", "--wait", "--wrap={command}"), "sbatch --wait --wrap=PYTHON -m tiny_aya_jax train"),
-    (("ssh", "slice-{lane}", "--name={key}", "cd it && python {arguments}"),
-     "ssh slice-3 --name=KEY cd it && python -m tiny_aya_jax train"),
+    (("ssh", "slice-{lane}", "--name={key}", "cd it && {command}"),
+     "ssh slice-3 --name=KEY cd it && PYTHON -m tiny_aya_jax train"),
 ])
-def test_a_prefix_puts_a_run_elsewhere(data, tmp_path, prefix, said):
-  asked = config(prefix=prefix)
+@pytest.mark.parametrize("python", [None, "/opt/python"])
+def test_a_prefix_puts_a_run_elsewhere(data, tmp_path, prefix, said, python):
+  asked = config(prefix=prefix, python=python)
   (stage, *_), *_ = [planned.stages for planned in plans(asked, data, tmp_path)]
   words = " ".join(runner.Runner(asked, tmp_path, None)._words(3, stage, tmp_path / "exit"))
-  assert words.startswith(said.replace("PYTHON", sys.executable).replace("KEY", stage.key[:12])), words
+  assert words.startswith(said.replace("PYTHON", python or sys.executable).replace("KEY", stage.key[:12])), words
   assert f"--workdir={stage.workdir}" in words
 
 
@@ -326,6 +328,31 @@ def test_a_queue_that_takes_a_command_and_returns_is_waited_for(fake, monkeypatc
   (ran / "code-2.0-0").write_text("65")
   assert sweep.main(asked, workdir) == 0
   assert sorted(outcomes(workdir).values()) == ["done", "done", "refused"]
+
+
+@pytest.mark.parametrize("backend, detached", [("slurm", False), ("xpk", True)])
+def test_a_run_is_a_job_by_a_spec_of_launch(data, tmp_path, backend, detached):
+  place = tmp_path / "bin"
+  place.mkdir()
+  for name in ("sbatch", "xpk"):  # in the place of theirs: says what it was asked
+    (place / name).write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {tmp_path}/asked\ncat > {tmp_path}/script\nexit 3\n")
+    (place / name).chmod(0o755)
+  spec = (ROOT / "launch/example.toml").read_text().replace('["WANDB_API_KEY"]', "[]")
+  (tmp_path / "mine.toml").write_text(spec)
+  asked = config(detached=detached, python="python", prefix=(
+      sys.executable, str(ROOT / "launch/trial.py"), backend, str(tmp_path / "mine.toml"), "{key}", "{command}"))
+  (stage, *_), *_ = [planned.stages for planned in plans(asked, data, tmp_path)]
+  words = runner.Runner(asked, tmp_path, None)._words(0, stage, tmp_path / "exit")
+  environment = os.environ | dict(PATH=f"{place}:{os.environ['PATH']}")
+  done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+  assert done.returncode == 3, done.stderr
+  said, script = (tmp_path / "asked").read_text(), (tmp_path / "script").read_text()
+  run_line = script if backend == "slurm" else said
+  assert f"train --config={stage.file} --workdir={stage.workdir}" in run_line.replace("'", "")
+  assert f"aya-pretrain-{stage.key[:8]}-" in run_line and ("--wait" in said) == (backend == "slurm")
+  assert backend == "slurm" or f"echo $code > {tmp_path}/exit.tmp" in said and "--max-restarts\n0\n" in said
+  words[words.index(backend)] = dict(slurm="xpk", xpk="slurm")[backend]  # each refuses the other's waiting
+  assert subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 65
 
 
 def test_what_was_refused_is_tried_again_by_the_next_call(fake):

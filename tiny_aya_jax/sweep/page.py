@@ -148,7 +148,7 @@ def _languages(result, view):
   yield "<h2 id=languages>Every language under every arm</h2><p class=key>Bits per byte, mean of"
   yield "an arm's seeds; by region, the language with the least text first. The best arm is"
   yield "<b class=best>underlined</b>; the stronger a figure's ground, the further it is above it."
-  yield f"Spread: worst arm less best, and how many standard deviations of noise that is."
+  yield "Spread: worst arm less best, and how many standard deviations of noise that is."
   yield f"{_rest(view)}</p>"
   yield f"<table class=heat>{_heat_head(view, 'text', 'spread')}"
   scale = _scale(view)

@@ -6,7 +6,6 @@ one trunk. With config.imitate.tokens each source is cut as in mixture.cut (simu
 """
 
 import pathlib
-import sys
 from typing import NamedTuple
 
 from tiny_aya_jax import flops, run
@@ -30,9 +29,9 @@ class Stage(NamedTuple):
   file: str  # FILE:variant
 
   @property
-  def command(self):
-    """The words that run it."""
-    return [sys.executable, "-m", "tiny_aya_jax", "train", f"--config={self.file}", f"--workdir={self.workdir}",
+  def arguments(self):
+    """What Python is told."""
+    return ["-m", "tiny_aya_jax", "train", f"--config={self.file}", f"--workdir={self.workdir}",
             *(f"--config.{field}={value}" for field, value in self.flags.items())]
 
 

@@ -14,6 +14,7 @@ import pathlib
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -183,18 +184,16 @@ class Runner:
     return code
 
   def _words(self, number, stage, code_file):
-    command = stage.command
+    command = [self.config.python or sys.executable, *stage.arguments]
     if self.config.detached:
       code = shlex.quote(str(code_file))
       command = ["sh", "-c", f"{shlex.join(command)}; code=$?; echo $code > {code}.tmp; mv {code}.tmp {code}; "
                              "exit $code"]
-    found = {"{lane}": str(number), "{key}": stage.key[:12], "{command}": shlex.join(command),
-             "{arguments}": shlex.join(command[1:])}  # of another machine's interpreter
+    found = {"{lane}": str(number), "{key}": stage.key[:12], "{command}": shlex.join(command)}
     prefix = list(self.config.prefix)
     for name, value in found.items():
       prefix = [word.replace(name, value) for word in prefix]
-    whole = any("{command}" in word or "{arguments}" in word for word in self.config.prefix)
-    return prefix if whole else [*prefix, *command]
+    return prefix if any("{command}" in word for word in self.config.prefix) else [*prefix, *command]
 
   def _call(self, words, stage):
     environment = os.environ | dict(JAX_COMPILATION_CACHE_DIR=os.environ.get(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tiny_aya_jax import languages, run
+from tiny_aya_jax import run
 from tiny_aya_jax.evaluate import rollups
 
 SEARCHES = ("grid", "random", "optuna")
