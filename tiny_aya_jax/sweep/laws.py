@@ -9,13 +9,12 @@ Runs and draws nothing. Bits per byte y of language i under shares r, per form:
 7 to 60 arms cannot tell apart 70 weights of 70 languages, so a language sees four sums of shares:
 its own; its kin's (same family and script); those of its script in other families; the largest
 language's, which helps most of them. Script, then family, are what transfer follows (ATLAS, arXiv
-2510.22037). They enter as x_ig = log(share + epsilon), because shares span five orders of magnitude
-and loss is near a power of tokens; the law's exponential is then that power. In shares themselves, as
-in its paper, it foresaw left-out arms worse on every synthetic truth tried. epsilon is about one row:
-the least share that any language of the trials has.
+2510.22037). They enter as x_ig = log(share + epsilon): shares span five orders of magnitude, and loss
+is near a power of tokens down to those that transfer makes up for. Of a small epsilon the law's
+exponential is that power, of a large one it is the paper's, of shares themselves.
 
-A slope is the languages' common one plus a deviation under a ridge that is chosen by leaving arms
-out, so a language leans on the others as far as that helps. Seeds of an arm are left out together.
+A slope is the languages' common one plus a deviation under a ridge, so a language leans on the
+others as far as that helps; epsilon and ridge are chosen by leaving arms out, all seeds together.
 Not for mixtures far from the trials': laws do not extrapolate. Pure NumPy; a law is ready for JSON.
 """
 
@@ -27,10 +26,12 @@ FORMS = ("constant", "mixing_law", "regression")
 GROUPS = ("own", "kin", "script", "largest")
 # Arms to fit one, and one more to be tested on: a level, four slopes and one curvature.
 LEAST = dict(constant=1, mixing_law=6, regression=6)
-RIDGES, FOLDS = (0.01, 0.1, 1.0), 5  # ours: of a deviation in bits per byte a standard deviation of x
+# Ours. Of a slope's deviation, in bits per byte a standard deviation of x; and in rows, about: in
+# the least share that any language of the trials has.
+RIDGES, EPSILONS, FOLDS = (0.05, 1.0), (1, 8, 64), 4
 COMMON_RIDGE = 1e-3  # ours: next to nothing, for slopes that no trial tells apart
 STEPS, CURVATURE_RIDGE, HUBER = 8, 0.01, 0.03  # ours: after 8 steps nothing moves; 3 seeds' deviations
-CONCENTRATION, NOISE = (0.1, 1.0), 0.2  # ours: of blends of arms, and of a share's logarithm
+CONCENTRATION, NOISE = (0.1, 1.0), 0.5  # ours: of blends of arms, and of a share's logarithm
 REFITS = 20
 
 
@@ -151,7 +152,7 @@ def _finite(value):
 def optimum(law, trials, objective, sizes, tokens, most_epochs, languages, draws, best, seed):
   """The mixture that the law likes best among `draws` near the trials', and how far to believe it.
 
-  Draws are blends of the arms' shares, half arithmetic and half geometric, with a little noise on
+  Draws are blends of the arms' shares, half arithmetic and half geometric, with noise (NOISE) on
   each share. Caps share <= most_epochs * sizes[code] / tokens are then met exactly; what is above
   goes to the others in proportion (most_epochs None: no caps; absent from sizes: share 0). The
   `best` of the lowest objective are averaged, as RegMix does.
@@ -209,7 +210,7 @@ def _believed(law, data, share_S, arm_S, objective, languages, seed):
   """Value, gain on an arm, and both again by laws of resampled arms; a floor is counted apart."""
   plain = objective | dict(kind="mean") if objective["kind"] == "floor" else objective
   both = np.stack([share_S, arm_S])
-  refits = [_fitted(_resampled(data, [seed, refit]), law["form"], law["ridge"]) for refit in range(REFITS)]
+  refits = [_fitted(_resampled(data, [seed, refit]), law["form"], law) for refit in range(REFITS)]
   ours, arms = np.array([_objective(_predicted(one, both), plain, law["measured"], languages)
                          for one in (law, *refits)]).T
   kept = [np.isfinite(_objective(_predicted(one, share_S), objective, law["measured"], languages))
@@ -327,31 +328,32 @@ def _arms(data):
 # --- forms --------------------------------------------------------------------------------------
 
 
-def _fitted(data, form, ridge=None):
-  """A law of one form; without a ridge, the one that foresees left-out folds of arms best."""
-  if ridge is None and form != "constant":
-    ridge = _ridge(data, form)
+def _fitted(data, form, settings=None):
+  """A law of one form; settings: its dict(ridge, epsilon), else those that foresee arms best."""
+  if settings is None:
+    settings = dict(ridge=None, epsilon=None) if form == "constant" else _settings(data, form)
   share, codes = data["share"], data["codes"]
   law = dict(
-      form=form, ridge=ridge, arms=len(np.unique(data["arm"])), trials=len(share),
-      epsilon=float(share[share > 0].min()), largest=codes[int(share.mean(0).argmax())],
-      codes=codes, measured=data["measured"],
+      form=form, ridge=settings["ridge"], epsilon=settings["epsilon"], arms=len(np.unique(data["arm"])),
+      trials=len(share), largest=codes[int(share.mean(0).argmax())], codes=codes, measured=data["measured"],
       kinds={code: [data["languages"][code][name] for name in ("family", "script")] for code in codes})
   columns = dict(constant=_constant, mixing_law=_mixing_law, regression=_regression)[form](law, data)
   rows = np.column_stack([*columns.values()]).tolist()
   return law | dict(by_language={code: dict(zip(columns, row)) for code, row in zip(law["measured"], rows)})
 
 
-def _ridge(data, form):
-  """Folds of whole arms; of two ridges that do as well, the larger."""
-  errors = {ridge: 0.0 for ridge in RIDGES}
+def _settings(data, form):
+  """Each fold of whole arms is foreseen by a law of the others; the least absolute error wins."""
+  row = float(data["share"][data["share"] > 0].min())
+  choices = [dict(ridge=ridge, epsilon=count * row) for count in EPSILONS for ridge in RIDGES]
   fold = np.unique(data["arm"], return_inverse=True)[1] % FOLDS
-  for left in range(FOLDS):
-    for ridge in RIDGES:
-      law = _fitted(_rows(data, fold != left), form, ridge)
-      here = _rows(data, fold == left)
-      errors[ridge] += np.abs(_predicted(law, here["share"]) - here["loss"]).sum()
-  return min(reversed(RIDGES), key=errors.get)
+
+  def error(settings):
+    laws = [_fitted(_rows(data, fold != left), form, settings) for left in range(FOLDS)]
+    return sum(np.abs(_predicted(law, data["share"][fold == left]) - data["loss"][fold == left]).sum()
+               for left, law in enumerate(laws))
+
+  return min(choices, key=error)
 
 
 def _constant(law, data):
@@ -388,8 +390,8 @@ def _mixing_law(law, data):
     rest_NI = loss_NI - value_NI
     trust_NI = np.minimum(1, HUBER / np.maximum(np.abs(rest_NI), 1e-12))
     pull_IP = np.column_stack([0 * level_I, slope_IG.mean(0) - slope_IG, curve_I.mean() - curve_I])
-    square_IPP = np.einsum("ni,nip,niq->ipq", trust_NI, gradient_NIP, gradient_NIP, optimize=True)
-    right_IP = np.einsum("ni,nip->ip", trust_NI * rest_NI, gradient_NIP) + pull_IP * weight_P
+    square_IPP, right_IP = _products(gradient_NIP, rest_NI, trust_NI)
+    right_IP = right_IP + pull_IP * weight_P
     step_IP = np.linalg.solve(square_IPP + np.diag(weight_P), right_IP[..., None])[..., 0]
     level_I = level_I + step_IP[:, 0]
     slope_IG = slope_IG + step_IP[:, 1:-1]
@@ -403,7 +405,7 @@ def _mixing_law(law, data):
 def _curve(z_NIG, level_I, slope_IG, curve_I):
   """[trials, languages], and its gradient in level, slopes and the curvature's logarithm."""
   q_I = np.exp(curve_I)
-  power_NI = np.clip(np.einsum("nig,ig->ni", z_NIG, slope_IG) * q_I, -8, 3)
+  power_NI = np.clip((z_NIG * slope_IG).sum(-1) * q_I, -8, 3)
   growth_NI = np.exp(power_NI)
   bend_NI = (growth_NI * power_NI - growth_NI + 1) / q_I
   return level_I + (growth_NI - 1) / q_I, np.concatenate(
@@ -415,13 +417,18 @@ def _slopes(z_NIG, rest_NI, ridge):
 
   With G_i = z_i'z_i, b_i = z_i'y_i and A_i = (G_i + ridge)^-1: s = (sum A_i G_i)^-1 sum A_i b_i.
   """
-  G_IGG = np.einsum("nig,nih->igh", z_NIG, z_NIG, optimize=True)
-  b_IG = np.einsum("nig,ni->ig", z_NIG, rest_NI)
+  G_IGG, b_IG = _products(z_NIG, rest_NI, np.ones_like(rest_NI))
   unit = np.eye(z_NIG.shape[-1])
   A_IGG = np.linalg.inv(G_IGG + ridge * unit)
   common_G = np.linalg.solve((A_IGG @ G_IGG).sum(0) + COMMON_RIDGE * unit,
                              (A_IGG @ b_IG[..., None]).sum(0))[:, 0]
   return common_G + (A_IGG @ (b_IG - G_IGG @ common_G)[..., None])[..., 0]
+
+
+def _products(z_NIP, rest_NI, trust_NI):
+  """Each language's z'wz [I, P, P] and z'wy [I, P]."""
+  weighed_IPN = (trust_NI[..., None] * z_NIP).transpose(1, 2, 0)
+  return weighed_IPN @ z_NIP.transpose(1, 0, 2), (weighed_IPN @ rest_NI.T[..., None])[..., 0]
 
 
 def _standardised(x_NIG):
