@@ -15,8 +15,8 @@ SIZE = 10.0 ** np.array([9, 8, 7, 5, 7, 6, 5, 6, 4, 7])
 TOKENS = 10_000_000
 LANGUAGES = {code: rollups.facts(code) for code in CODES}
 MEAN = dict(kind="mean", floor=None)
-KIN = [[one != other and all(LANGUAGES[one][name] == LANGUAGES[other][name] for name in ("family", "script"))
-        for other in CODES] for one in CODES]
+KIN = [[one != other and all(LANGUAGES[one][name] == LANGUAGES[other][name]
+                             for name in ("family", "script")) for other in CODES] for one in CODES]
 SEARCH = dict(draws=2000, best=20, seed=0)
 
 
@@ -78,6 +78,35 @@ def test_a_law_knows_that_kin_help_and_strangers_do_not(trials, form):
   assert kin > 0.02 and stranger == 0
 
 
+def test_a_language_sees_itself_its_kin_its_script_and_the_largest(trials):
+  law = laws.fit(trials, "regression", LANGUAGES)
+  seen = {code: [[other for other, member in zip(CODES, row) if member] for row in rows]
+          for code, rows in zip(CODES, laws._members(law))}
+  assert seen["mar_Deva"] == [["mar_Deva"], ["hin_Deva"], [], ["eng_Latn"]]
+  assert seen["tur_Latn"] == [
+      ["tur_Latn"], [], ["eng_Latn", "deu_Latn", "nld_Latn", "swh_Latn"], ["eng_Latn"]]
+  assert seen["eng_Latn"] == [["eng_Latn"], ["deu_Latn", "nld_Latn"], ["swh_Latn", "tur_Latn"], []]
+
+
+def test_languages_of_like_slopes_lean_on_each_other(monkeypatch):
+  trials = trials_of(lambda share_S: 2 - 0.05 * np.log(share_S + 1e-4), arms=8, noise=0.02)
+  for form in ("mixing_law", "regression"):
+    leaning = laws.cross_validated(trials, form, LANGUAGES, MEAN)["error"]
+    with monkeypatch.context() as patch:
+      patch.setattr(laws, "RIDGES", (1e-9,))
+      assert leaning < 0.9 * laws.cross_validated(trials, form, LANGUAGES, MEAN)["error"], form
+
+
+def test_one_wild_measurement_moves_the_mixing_law_less_than_the_regression(trials):
+  wild = trials[12] | dict(bits_per_byte=trials[12]["bits_per_byte"] | dict(tha_Thai=9.0))
+  moved, shares = {}, dict.fromkeys(CODES, 0.1)
+  for form in ("mixing_law", "regression"):
+    some = [laws.predict(laws.fit(rows, form, LANGUAGES), shares)["tha_Thai"]
+            for rows in (trials, [*trials[:12], wild, *trials[13:]])]
+    moved[form] = abs(some[1] - some[0])
+  assert moved["mixing_law"] < 0.1 < moved["regression"], moved
+
+
 @pytest.mark.parametrize("form", laws.FORMS)
 def test_nothing_of_an_arm_that_is_left_out_tells_what_is_foreseen_of_it(trials, form):
   arm, trials = "arm 3", trials[:18]
@@ -128,7 +157,25 @@ def test_caps_hold_exactly_and_shares_sum_to_one(record):
   assert (share_S <= cap_S).all() and share_S.sum() == pytest.approx(1, abs=1e-12)
   assert found["capped"] == [code for code, share, cap in zip(CODES, share_S, cap_S) if share == cap]
   assert "amh_Ethi" in found["capped"] and "eng_Latn" not in found["capped"]
-  assert not record["optimum"]["arm"]["within_caps"] or found["gain"]["value"] > -0.01
+
+
+def test_the_optimum_stands_beside_the_best_arm_that_keeps_the_caps(record, trials):
+  measured = {arm: found["measured"] for arm, found in record["forms"]["constant"]["arms"].items()}
+  cap_S, row = np.minimum(1, 4 * SIZE / TOKENS), 256 / TOKENS
+  within = {trial["arm"] for trial in trials
+            if (values(trial["tokens"]) / TOKENS <= 1.01 * cap_S + row).all()}
+  arm, gain = record["optimum"]["arm"], record["optimum"]["gain"]
+  assert arm["within_caps"] and 0 < len(within) < len(measured)
+  assert arm["arm"] == min(within, key=measured.get) and arm["measured"] == measured[arm["arm"]]
+  assert gain["value"] == pytest.approx(arm["predicted"] - record["optimum"]["value"]) and gain["value"] > 0
+
+
+def test_the_draws_themselves_are_under_the_caps(trials):
+  law, sizes = laws.fit(trials, "mixing_law", LANGUAGES), dict(zip(CODES[:-1], SIZE.tolist()))
+  found = laws.optimum(law, trials, MEAN, sizes, TOKENS, 4, LANGUAGES, draws=500, best=1, seed=0)
+  assert [found["value"]] * 2 == pytest.approx(found["spread"], rel=1e-12)
+  assert found["shares"]["kor_Hang"] == 0 and "kor_Hang" not in found["capped"]  # no size, no share
+  assert found["arm"]["within_caps"] is False  # each has Korean
 
 
 def test_what_is_above_a_cap_goes_to_the_others_in_proportion():
@@ -184,9 +231,23 @@ def test_a_floor_is_kept_by_the_optimum_or_there_is_none(trials):
   assert kept["value"] >= free["value"] and 0 < kept["floor_kept"] <= 1 and free["floor_kept"] == 1
   with pytest.raises(run.Refused, match="none of 2000 mixtures keeps every language"):
     ask(dict(kind="floor", floor=lowest - 0.1))
-  record = laws.compared(trials, dict(kind="floor", floor=lowest - 0.1), LANGUAGES, {}, TOKENS, None, **SEARCH)
+  below = dict(kind="floor", floor=lowest - 0.1)
+  record = laws.compared(trials, below, LANGUAGES, {}, TOKENS, None, **SEARCH)
   assert record["optimum"] is None and "raise the floor" in record["no_optimum"]
   assert all(found["error_of_objective"] is None for found in record["forms"].values())
+
+
+def test_a_floor_holds_where_the_mean_of_mixtures_that_keep_it_would_break_it():
+  codes, half = ["hin_Deva", "tha_Thai"], np.log(0.5)
+  law = dict(  # 1 - log(2 share)^2 bits: too many in the middle alone
+      form="regression", epsilon=1e-9, largest="tha_Thai", codes=codes, measured=codes[:1],
+      kinds={code: [code, code] for code in codes},
+      by_language=dict(hin_Deva=dict.fromkeys(laws.GROUPS, 0) | dict(
+          level=1 - half**2, own=2 * half, own_squared=-1)))
+  arms_AS = np.array([[0.2, 0.8], [0.8, 0.2]])
+  floor = dict(kind="floor", floor=0.9)
+  share_S, _ = laws._best_draw(law, arms_AS, np.ones(2), floor, LANGUAGES, 200, 200, 0)
+  assert laws.predict(law, dict(zip(codes, share_S)))["hin_Deva"] <= 0.9
 
 
 @pytest.mark.parametrize("change, said", [
@@ -197,7 +258,8 @@ def test_a_floor_is_kept_by_the_optimum_or_there_is_none(trials):
      "measured 10 languages, expected the same 1"),
     (lambda trials: [*trials[1:], trials[0] | dict(tokens=dict(xxx_Latn=1))], "drew xxx_Latn"),
     (lambda trials: [*trials[1:], trials[0] | dict(tokens={})], "drew nothing"),
-    (lambda trials: [*trials[1:], trials[0] | dict(bits_per_byte=dict.fromkeys(CODES, np.inf))], "not finite"),
+    (lambda trials: [*trials[1:], trials[0] | dict(bits_per_byte=dict.fromkeys(CODES, np.inf))],
+     "not finite"),
 ])
 def test_trials_that_teach_nothing_are_refused(change, said):
   with pytest.raises(run.Refused, match=said):

@@ -26,11 +26,10 @@ FORMS = ("constant", "mixing_law", "regression")
 GROUPS = ("own", "kin", "script", "largest")
 # Arms to fit one, and one more to be tested on: a level, four slopes and one curvature.
 LEAST = dict(constant=1, mixing_law=6, regression=6)
-# Ours. Of a slope's deviation, in bits per byte a standard deviation of x; and in rows, about: in
-# the least share that any language of the trials has.
+# Ours: of a slope's deviation, in bits per byte a standard deviation of x; and in rows.
 RIDGES, EPSILONS, FOLDS = (0.05, 1.0), (1, 8, 64), 4
 COMMON_RIDGE = 1e-3  # ours: next to nothing, for slopes that no trial tells apart
-STEPS, CURVATURE_RIDGE, HUBER = 8, 0.01, 0.03  # ours: after 8 steps nothing moves; 3 seeds' deviations
+STEPS, CURVATURE_RIDGE, HUBER = 8, 0.01, 0.03  # ours: as good as 15 steps; bits per byte, thrice the noise
 CONCENTRATION, NOISE = (0.1, 1.0), 0.5  # ours: of blends of arms, and of a share's logarithm
 REFITS = 20
 
@@ -176,13 +175,14 @@ def optimum(law, trials, objective, sizes, tokens, most_epochs, languages, draws
   cap_S = _caps(data["codes"], arms_AS.any(0), sizes, tokens, most_epochs)
   share_S, spread = _best_draw(law, arms_AS, cap_S, objective, languages, draws, best, seed)
   values_A = _objective(loss_AI, objective, law["measured"], languages)
-  within_A = (arms_AS <= 1.01 * cap_S + law["epsilon"]).all(1)  # an arm is whole rows, about one off
+  within_A = (arms_AS <= 1.01 * cap_S + _row(data)).all(1)  # an arm is of whole rows
   arm = int(np.lexsort((values_A, ~within_A, np.isinf(values_A)))[0])
   found = _believed(law, data, share_S, arms_AS[arm], objective, languages, seed)
   if np.isinf(values_A[arm]):
     found |= dict(arm=None, gain=None)
   else:
-    found["arm"] |= dict(arm=data["arms"][arm], measured=float(values_A[arm]), within_caps=bool(within_A[arm]))
+    found["arm"] |= dict(arm=data["arms"][arm], measured=float(values_A[arm]),
+                         within_caps=bool(within_A[arm]))
   return dict(
       shares=dict(zip(data["codes"], share_S.tolist())),
       predicted=dict(zip(law["measured"], _predicted(law, share_S).tolist())),
@@ -192,14 +192,14 @@ def optimum(law, trials, objective, sizes, tokens, most_epochs, languages, draws
 
 def _best_draw(law, arms_AS, cap_S, objective, languages, draws, best, seed):
   """([codes] shares, [lowest, highest objective of those that were averaged])."""
-  blend_NS = _blends(arms_AS, law["epsilon"], draws, np.random.default_rng(seed))
+  blend_NS = _blends(arms_AS, draws, np.random.default_rng(seed))
   share_NS = _capped(blend_NS, cap_S)
   value_N = _objective(_predicted(law, share_NS), objective, law["measured"], languages)
   order = np.argsort(value_N, kind="stable")[:best]
   order = order[np.isfinite(value_N[order])]
   if not len(order):
-    raise run.Refused(f"none of {draws} mixtures keeps every language at or under {objective['floor']} bits "
-                      "per byte, as the law foresees them: raise the floor, or sweep other mixtures")
+    raise run.Refused(f"none of {draws} mixtures keeps every language at or under {objective['floor']} "
+                      "bits per byte, as the law foresees them: raise the floor, or sweep other mixtures")
   share_S = _capped(share_NS[order].mean(0), cap_S)
   if not np.isfinite(_objective(_predicted(law, share_S), objective, law["measured"], languages)):
     share_S = share_NS[order[0]]  # a mean of mixtures that keep the floor need not keep it
@@ -236,13 +236,14 @@ def _caps(codes, used_S, sizes, tokens, most_epochs):
   cap_S = np.array([min(1.0, most_epochs * sizes.get(code, 0.0) / tokens) for code in codes]) * used_S
   if cap_S.sum() < 1:
     raise run.Refused(
-        f"{most_epochs:g} epochs of all languages are {cap_S.sum():.4g} of the {tokens:,} tokens of a trial: "
-        f"allow at least {most_epochs / max(cap_S.sum(), 1e-9):.3g}, or shorten the run that is imitated")
+        f"{most_epochs:g} epochs of all languages are {cap_S.sum():.4g} of the {tokens:,} tokens of a "
+        f"trial: allow at least {most_epochs / max(cap_S.sum(), 1e-9):.3g}, or shorten the run that is imitated")
   return cap_S
 
 
-def _blends(arms_AS, least, draws, random):
+def _blends(arms_AS, draws, random):
   """[draws, codes] that sum to 1: the arms themselves, then blends of few or of many of them."""
+  least = arms_AS[arms_AS > 0].min()  # its logarithm stands for that of nothing
   strength_N1 = np.exp(random.uniform(*np.log(CONCENTRATION), (draws, 1)))
   weight_NA = random.standard_gamma(strength_N1, (draws, len(arms_AS)))
   weight_NA /= weight_NA.sum(1, keepdims=True)
@@ -305,13 +306,18 @@ def _data(trials, languages, form, least):
 
 def _check(trial, codes, measured):
   if strangers := sorted(trial["tokens"].keys() - set(codes)):
-    raise run.Refused(f"trial {trial['trial']} drew {', '.join(strangers)}, not among the sweep's languages")
+    raise run.Refused(f"trial {trial['trial']} drew {', '.join(strangers)}: not a language of the sweep")
   if set(trial["bits_per_byte"]) != set(measured) or not measured:
     raise run.Refused(f"trial {trial['trial']} measured {len(trial['bits_per_byte'])} languages, expected "
                       f"the same {len(measured)} as the first trial and at least one: measure them alike")
   if not np.isfinite([*trial["bits_per_byte"].values()]).all() or not any(trial["tokens"].values()):
     raise run.Refused(f"trial {trial['trial']} is done, but drew nothing or has bits per byte that are not "
                       "finite: mark it as diverged")
+
+
+def _row(data):
+  """The least share that any language of the trials has: about one row of a trial."""
+  return float(data["share"][data["share"] > 0].min())
 
 
 def _rows(data, index):
@@ -344,8 +350,7 @@ def _fitted(data, form, settings=None):
 
 def _settings(data, form):
   """Each fold of whole arms is foreseen by a law of the others; the least absolute error wins."""
-  row = float(data["share"][data["share"] > 0].min())
-  choices = [dict(ridge=ridge, epsilon=count * row) for count in EPSILONS for ridge in RIDGES]
+  choices = [dict(ridge=ridge, epsilon=count * _row(data)) for count in EPSILONS for ridge in RIDGES]
   fold = np.unique(data["arm"], return_inverse=True)[1] % FOLDS
 
   def error(settings):
