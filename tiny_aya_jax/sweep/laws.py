@@ -1,6 +1,6 @@
 """Loss of a language against mixture weights: fitted to a sweep's trials, tested on arms left out.
 
-Runs and draws nothing. Bits per byte y of language i under shares r, per form:
+Runs no trial and shows nothing. Bits per byte y of language i under shares r, per form:
 
   constant     y_i = level_i: the mixture does nothing. The opponent.
   mixing_law   y_i = c_i + k_i exp(sum_g t_ig x_ig)          (data mixing laws, arXiv 2403.16952)
@@ -29,7 +29,7 @@ LEAST = dict(constant=1, mixing_law=6, regression=6)
 # Ours: of a slope's deviation, in bits per byte a standard deviation of x; and in rows.
 RIDGES, EPSILONS, FOLDS = (0.05, 1.0), (1, 8, 64), 4
 COMMON_RIDGE = 1e-3  # ours: next to nothing, for slopes that no trial tells apart
-STEPS, CURVATURE_RIDGE, HUBER = 8, 0.01, 0.03  # ours: as good as 15 steps; bits per byte, thrice the noise
+STEPS, CURVATURE_RIDGE, HUBER = 8, 0.01, 0.03  # ours: 15 steps foresee no better; bits per byte
 CONCENTRATION, NOISE = (0.1, 1.0), 0.5  # ours: of blends of arms, and of a share's logarithm
 REFITS = 20
 
@@ -37,9 +37,9 @@ REFITS = 20
 def compared(trials, objective, languages, sizes, tokens, most_epochs, draws, best, seed):
   """What a sweep's record says under `laws`: every form tested, the one that is kept, its optimum.
 
-  dict(noise: seed_noise, forms {form: cross_validated}, chosen, why, law, optimum, and why there is
-  none). A form is kept if it foresees left-out arms better than the constant; else chosen is
-  "constant" and there is no optimum. Other arguments as in `optimum`. Refuses like `fit`.
+  dict(noise: seed_noise, forms {form: cross_validated}, chosen, why, law, optimum, no_optimum: why
+  there is none, else None). The form with the least error is kept; if that is the constant there is
+  no optimum. Other arguments as in `optimum`. Refuses like `fit`, with one arm more than LEAST.
   """
   forms = {form: cross_validated(trials, form, languages, objective) for form in FORMS}
   chosen = min(forms, key=lambda form: forms[form]["error"])
@@ -345,7 +345,8 @@ def _fitted(data, form, settings=None):
       kinds={code: [data["languages"][code][name] for name in ("family", "script")] for code in codes})
   columns = dict(constant=_constant, mixing_law=_mixing_law, regression=_regression)[form](law, data)
   rows = np.column_stack([*columns.values()]).tolist()
-  return law | dict(by_language={code: dict(zip(columns, row)) for code, row in zip(law["measured"], rows)})
+  named = (dict(zip(columns, row)) for row in rows)
+  return law | dict(by_language=dict(zip(law["measured"], named)))
 
 
 def _settings(data, form):
