@@ -53,7 +53,7 @@ def get_config(variant="full"):
   c.law = ConfigDict(dict(
       fit=False,
       most_epochs=config_dict.placeholder(float),  # of a language, in the predicted optimum
-      draws=20_000, best=100,  # mixtures that are simulated, and the best that are averaged (RegMix)
+      draws=20_000, best=50,  # mixtures that are simulated, and the best that are averaged (RegMix)
       confirm=0,  # seeds with which the predicted optimum is run
   ))
   c.law.most_epochs = 4.0  # up to here repeats are worth almost as much as new text (arXiv 2305.16264)

@@ -201,9 +201,13 @@ def _with_laws(config, workdir, ledger, plans, data, result):
   """The record with laws fitted to its trials, and with the runs that test what they predict."""
   asked = config.law
   trials = [trial for trial in result["trials"] if trial["state"] == "done"]
-  result["laws"] = laws.compared(
-      trials, result["objective"], result["languages"], sizes=result["sizes"], tokens=config.tokens,
-      most_epochs=asked.most_epochs, draws=asked.draws, best=asked.best, seed=config.seed)
+  try:
+    result["laws"] = laws.compared(
+        trials, result["objective"], result["languages"], sizes=result["sizes"], tokens=config.tokens,
+        most_epochs=asked.most_epochs, draws=asked.draws, best=asked.best, seed=config.seed)
+  except run.Refused as refusal:  # what was measured stands
+    run.say(f"no laws: {refusal}")
+    return result
   optimum = result["laws"]["optimum"]
   if not asked.confirm or not optimum:
     return result
@@ -298,7 +302,7 @@ def _warnings(config, plans):
       yield f"  {remark}"
   if config.search != "optuna" and len(plans) == len(arms):
     yield "  warning: one seed an arm: nothing will tell an effect from noise (config.seeds, config.more_seeds)"
-  least = max(laws.LEAST.values())
+  least = max(laws.LEAST.values()) + 1  # one is left out
   if config.law.fit and config.search != "optuna" and len(arms) < least:
     yield f"  warning: laws need {least} arms, these are {len(arms)}"
 
