@@ -6,6 +6,7 @@
   tiny-aya bench --config=experiments/bench.py:pieces --config.pieces="('attention', 'loss')"
   tiny-aya bench --config=experiments/bench.py:loader --config.T=2048
   tiny-aya bench --config=experiments/bench.py:evaluation --config.folder=runs/tiny/huggingface
+  tiny-aya bench --config=experiments/bench.py:population --config.populations="(4, 16, 64)"
 
 Expected: versions, shapes, equal losses on every side, then after each turn the medians in tokens/s
 and the ratio of ours to PyTorch eager and to torch.compile (`transformers` Cohere2). Of `pieces`:
@@ -14,12 +15,13 @@ steps, a process a side. Of `loader`:
 threads, descriptors, memory, then tokens/s of one thread beside Grain's IterDataset.mix and Hugging
 Face's interleave_datasets, over the same rows. Of `evaluation`: equal results first, then a line
 each for multiple choice and perplexity beside lm-eval's Hugging Face backend, and for generation
-beside transformers.generate, on one exported folder.
+beside transformers.generate, on one exported folder. Of `population`: the losses of every trial,
+then tokens/s and trials an hour together and one after another.
 """
 
 from tiny_aya_jax import run
 
-VARIANTS = ("train_step", "small", "pieces", "loader", "evaluation")
+VARIANTS = ("train_step", "small", "pieces", "loader", "evaluation", "population")
 OPTIMIZER = dict(learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
 # The recipe (pretrain.py) as launch/gpu_table.py times it; plain Python, because that runs where
 # ml_collections is not.
@@ -40,6 +42,8 @@ def get_config(variant="train_step"):
     return pieces()
   if variant == "evaluation":
     return evaluation()
+  if variant == "population":
+    return population()
   c = config_dict()
   c.bench = "train_step"
   c.against = ("eager", "compile")  # () for ours alone; needs torch and transformers otherwise
@@ -131,6 +135,33 @@ def evaluation():
   c.dtype = "float32"
   c.attention = "chunked"
   c.tolerance = 1e-4  # relative, of log-likelihoods
+  return c
+
+
+def population():
+  c = config_dict()
+  c.bench = "population"
+  c.populations = (2, 4, 8)
+  c.tokens = 400_000  # of a trial
+  c.devices = 1
+  c.threads = 2
+  c.turns = 3  # every side once a turn
+  c.steps = 5  # of every trial, timed, a turn and side
+  c.tolerance = 1e-5  # of the losses of the third step, fp32
+  c.seed = 0
+  c.model = dict(  # pretrain.py:proxy
+      D=128, N=2, K=1, H=64, F=512, V=16_384, L=1, window=128,
+      rope_theta=50000.0, logit_scale=1.0, norm_epsilon=1e-5,
+  )
+  c.batch = 4
+  c.T = 256
+  c.dtype = "float32"
+  c.matmul = "dtype"
+  c.attention = "chunked"
+  c.remat = "none"
+  c.loss_chunk = 64
+  c.unroll = 1
+  c.optimizer = OPTIMIZER | dict(learning_rate=4e-3, b2=0.99)
   return c
 
 

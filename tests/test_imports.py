@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / "tiny_aya_jax"
 FLOOR = {
     "axes": 0, "client": 0, "languages": 0, "run": 0, "processes": 1, "hlo": 0, "chips": 1, "flops": 0, "data": 1, "model": 1, "train": 2, "post": 2,
-    "evaluate": 2, "export": 2, "bench": 3, "bench_loader": 3, "bench_evaluation": 3, "bench_pieces": 3, "bench_steps": 3,
+    "evaluate": 2, "export": 2, "bench": 3, "bench_loader": 3, "bench_evaluation": 3, "bench_pieces": 3, "bench_population": 3, "bench_steps": 3,
     "bench_torch": 3, "talk": 3, "serve": 2, "sweep": 3, "plan": 3, "__main__": 4,
 }  # fmt: skip
 VERBS = {"clean", "vocab", "pack", "score", "synthesize", "merge", "evaluate", "export", "talk", "verify",

@@ -4,8 +4,8 @@
 PyTorch, eager and compiled: same weights, same batch, same AdamW. The sides take turns, because on
 a busy machine only ratios within one run mean anything, and they must agree on the loss of the
 first steps, or the comparison is void. One segment a row on both sides: packed rows do not exist
-over there. `pieces` is bench_pieces.py, `loader` bench_loader.py,
-`evaluation` bench_evaluation.py. A config is any object with the
+over there. `pieces` is bench_pieces.py, `loader` bench_loader.py, `evaluation`
+bench_evaluation.py, `population` bench_population.py. A config is any object with the
 fields of experiments/bench.py.
 """
 
@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-BENCHES = ("train_step", "pieces", "loader", "evaluation")
+BENCHES = ("train_step", "pieces", "loader", "evaluation", "population")
 SIDES = dict(eager="PyTorch eager", compile="torch.compile")
 AGREED_STEPS = 3  # 1: same forward; 2 and 3: same gradients, clipping and AdamW
 PIECES = ("attention", "loss", "block", "step", "fp8", "start", "guards")
@@ -54,6 +54,11 @@ def main(config, workdir=None):
     from tiny_aya_jax import bench_pieces
 
     bench_pieces.main(config)
+    return
+  if bench == "population":
+    from tiny_aya_jax import bench_population
+
+    bench_population.main(config)
     return
   for side in config.against:
     run.choose("side", side, SIDES)

@@ -180,7 +180,7 @@ def _params(config):
   normal = 0.02 * np.random.default_rng(config.seed).standard_normal(16_777_213, np.float32)
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: np.ones(leaf.shape, np.float32) if path[-1].key == "norm_D"
-      else np.resize(normal, leaf.shape), tree["params"])
+      else np.resize(normal[: leaf.size], leaf.shape), tree["params"])
 
 
 def _learnable(random, shape, V):
