@@ -257,6 +257,19 @@ def test_a_dry_run_starts_nothing(fake, capsys):
     assert words in said
 
 
+def test_a_dry_run_needs_no_rows_and_costs_the_report_s_protocol(tmp_path, capsys):
+  asked = run.load_config(f"{ROOT / 'experiments/sweeps/temperature.py'}")
+  with asked.unlocked():
+    asked.trunk, asked.cooldown = (str(ROOT / "experiments" / f"{name}.py") for name in ("pretrain", "cooldown"))
+    asked.dry_run, asked.topology = True, "v5p:4x4x4"
+  assert sweep.main(asked, tmp_path / "none") == 0
+  said = capsys.readouterr().out
+  for words in ("as large as FineWeb-2", "39,998,980,096 tokens", "2200B tokens", "USD at"):
+    assert words in said
+  (line,) = [line for line in said.splitlines() if line.startswith("unimax 4")]
+  assert "pcm_Latn 4" in line  # the cap is kept by both stages together
+
+
 @pytest.mark.parametrize("codes, state, tries", [
     ({0: 65}, "refused", 1), ({0: 77}, "diverged", 1), ({0: 1, 1: 1}, "failed", 2), ({0: 1}, "done", 2),
     ({0: 75}, "done", 2), ({0: 137, 1: 76}, "failed", 2),

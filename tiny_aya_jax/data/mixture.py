@@ -35,6 +35,7 @@ OFFSET = 1 << 63  # the first row comes from the middle of the table, not from i
 # Thresholds are whole numbers of 2^-40: exact in JSON readers that know only doubles, and coarse
 # enough that a power function rounding differently on another machine gives the same plan.
 UNIT = 1 << 40
+WEB_BYTES_A_TOKEN = 4  # of `web`; assumed
 MOST_EPOCHS = 4  # up to here repeats are worth almost as much as new text (arXiv 2305.16264)
 
 
@@ -134,6 +135,15 @@ def cut_sizes(sources, given):
                         "for it, or for its language")
     found[name] = size
   return found
+
+
+def web(T):
+  """Sources of all languages as large as FineWeb-2 has them, for plans of text that is not packed yet."""
+  return [
+      dict(name=f"{code}/web", language=code, path="", sha256="", rows=max(1, size // WEB_BYTES_A_TOKEN // T),
+           T=T, tokens=size // WEB_BYTES_A_TOKEN, bytes=size, tokenizer_sha256="")
+      for code, size in _WEB.items()
+  ]
 
 
 _WEB = {language.code: language.fineweb_bytes for language in languages.LANGUAGES}

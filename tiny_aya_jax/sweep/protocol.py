@@ -50,7 +50,8 @@ class Planned(NamedTuple):
 
 def check(config):
   """Refuses numbers that are no protocol, before a trial is looked at."""
-  for field in ("trunk", "cooldown", "rows", "validation", "tokenizer"):
+  unpacked = config.dry_run and not config.rows  # may be asked before anything is packed
+  for field in ("trunk", "cooldown", *(() if unpacked else ("rows", "validation", "tokenizer"))):
     if not config[field]:
       raise run.Refused(f"config.{field} is not set")
   for field in ("trunk", "cooldown"):
@@ -96,11 +97,13 @@ def operations(stage):
 
 def _stages(config, workdir, trial, own, data):
   share = own["cooldown_share"]
-  common = dict(tokenizer=config.tokenizer, seed=trial.seed) | {
-      "data.rows": config.rows, "data.seed": trial.seed}
+  common = {field: value for field, value in {"data.rows": config.rows, "tokenizer": config.tokenizer}.items() if value}
+  common |= {"seed": trial.seed, "data.seed": trial.seed}
+  if not config.rows:
+    common |= {"data.mixture.within": ()}  # mixture.web has one source a language
   if config.imitate.tokens is not None:
     common |= {"data.cut.share": own["tokens"] / config.imitate.tokens, "data.cut.sizes": config.imitate.sizes}
-  last = {"data.validation": config.validation, "evaluate_every": 0}  # once, at the end
+  last = {"data.validation": config.validation or "", "evaluate_every": 0}  # once, at the end
   trunk = _stage("trunk", config.trunk, common | ({} if share else last), trial, own["tokens"] * (1 - share),
                  data, workdir, [])
   if not share:

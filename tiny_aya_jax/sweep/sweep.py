@@ -72,6 +72,9 @@ def _check(config):
 
 
 def _data(config):
+  if not config.rows:  # a dry run
+    T = run.load_config(config.trunk).data.T
+    return dict(manifests=mixture.web(T), validation=[], tokenizer_sha256="")
   manifests, validation = loader.read_manifests(config.rows), loader.read_manifests(config.validation)
   return dict(manifests=manifests, validation=validation, tokenizer_sha256=run.sha256(config.tokenizer))
 
@@ -257,6 +260,9 @@ def preview(config, plans, ledger):
   first = plans[0]
   count = f"up to {config.draws}" if config.search == "optuna" else str(len(plans))
   yield f"{config.title}: {count} trials of {len(arms)} arms"
+  if not config.rows:
+    yield (f"  no rows given (config.rows): languages as large as FineWeb-2, {mixture.WEB_BYTES_A_TOKEN} bytes a "
+           "token; before cleaning, so every real epoch is longer")
   for stage in first.stages:
     cfg, tokens = stage.config, stage.config.steps * stage.config.data.batch * stage.config.data.T
     yield (f"  {stage.name:9} {stage.file}: {cfg.steps} steps of {cfg.data.batch} x {cfg.data.T}, {tokens:,} tokens, "
