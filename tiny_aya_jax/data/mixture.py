@@ -116,24 +116,25 @@ def cut_sizes(sources, given):
   """
   if given == "rows":
     return {source["name"]: source["tokens"] for source in sources}
-  packed = collections.defaultdict(int)
+  packed = {}
   for source in sources:
-    packed[source["language"]] += source["tokens"]
+    tokens, size = packed.get(source["language"], (0, 0))
+    packed[source["language"]] = tokens + source["tokens"], size + source["bytes"]
   found = {}
   for source in sources:
     name, code = source["name"], source["language"]
-    part = source["tokens"] / packed[code]
+    part = source["tokens"] / packed[code][0]
     if given == "web":
       if code not in _WEB:
         raise run.Refused(f"FineWeb-2 has no size of {code}: leave it out of the mixture's rows, or give "
                           "config.data.cut.sizes a JSON file of tokens")
-      found[name] = _WEB[code] * source["tokens"] / source["bytes"] * part
+      found[name] = _WEB[code] * source["tokens"] / packed[code][1]
       continue
-    size = given.get(name, given[code] * part if code in given else None)
+    size, share = (given[name], 1) if name in given else (given.get(code), part)
     if not isinstance(size, (int, float)) or not 0 < size < math.inf:
       raise run.Refused(f"config.data.cut.sizes gives {size!r} tokens for {name}: expected a number above 0 "
                         "for it, or for its language")
-    found[name] = size
+    found[name] = size * share
   return found
 
 

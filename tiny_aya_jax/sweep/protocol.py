@@ -11,11 +11,11 @@ from typing import NamedTuple
 from tiny_aya_jax import flops, run
 from tiny_aya_jax.data import mixture
 from tiny_aya_jax.sweep import space
-from tiny_aya_jax.train import begin, fields
+from tiny_aya_jax.train import begin, fields, saved
 
 # Where things lie, and what changes no result.
-_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.threads", "data.prefetch",
-            "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology", "price")
+_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.plan", "data.cut.sizes", "data.threads",
+            "data.prefetch", "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology", "price")
 
 
 class Stage(NamedTuple):
@@ -62,7 +62,9 @@ def check(config):
 
 
 def planned(config, workdir, trial, data):
-  """A Trial -> Planned; data: dict(manifests, validation, tokenizer_sha256). Refuses what train would."""
+  """A Trial -> Planned; data: dict(manifests, validation, tokenizer, which is None before any is made).
+
+  Refuses what train would."""
   own = {field: trial.settings.get(field, config[field]) for field in space.OWN}
   if not own["tokens"] > 0 or not 0 <= own["cooldown_share"] < 1:
     raise run.Refused(f"arm {trial.arm!r} has {own['tokens']} tokens and a cooldown_share of "
@@ -85,6 +87,11 @@ def planned(config, workdir, trial, data):
                  sum(map(operations, stages)), remarks)
 
 
+def refused(trial, why):
+  """A Planned that nothing will run."""
+  return Planned(trial, run.fingerprint([trial.settings, trial.seed, str(why)]), (), {}, {}, {}, 0.0, [f"refused: {why}"])
+
+
 def tokens(stage):
   """Tokens that a run trains on."""
   return stage.config.steps * stage.config.data.batch * stage.config.data.T
@@ -93,6 +100,13 @@ def tokens(stage):
 def operations(stage):
   """Floating-point operations of a run's training."""
   return tokens(stage) * flops.per_token(stage.config.model, stage.config.data.T)["total"]
+
+
+def refuse_changed(stage):
+  """A run reads its config file when it starts: it must say what it said when the sweep began."""
+  if str(_read(stage.file, stage.flags)) != str(stage.config):
+    raise run.Refused(f"{stage.file} has changed since this sweep began: its trials would be of two kinds; start the "
+                      "same command again, which runs what the new one needs")
 
 
 def _stages(config, workdir, trial, own, data):
@@ -104,29 +118,63 @@ def _stages(config, workdir, trial, own, data):
   if config.imitate.tokens is not None:
     common |= {"data.cut.share": own["tokens"] / config.imitate.tokens, "data.cut.sizes": config.imitate.sizes}
   last = {"data.validation": config.validation or "", "evaluate_every": 0}  # once, at the end
-  trunk = _stage("trunk", config.trunk, common | ({} if share else last), trial, own["tokens"] * (1 - share),
-                 data, workdir, [])
+  tokens = own["tokens"]
+  trunk = _stage("trunk", config.trunk, common | ({} if share else last), trial, tokens * (1 - share), data, workdir,
+                 [], tokens)
+  if trunk.config.init_what == "state":
+    raise run.Refused(f"{config.trunk} forks from a trunk (init_what 'state'): a sweep trains trunks of its own")
   if not share:
     return (trunk,)
   forked = common | last | dict(init_from=trunk.workdir, init_what="state")
-  return trunk, _stage("cooldown", config.cooldown, forked, trial, own["tokens"] * share, data, workdir,
-                       [trunk.key])
+  return trunk, _stage("cooldown", config.cooldown, forked, trial, tokens * share, data, workdir, [trunk.key], tokens)
 
 
-def _stage(name, file, flags, trial, tokens, data, workdir, before):
+def _stage(name, file, flags, trial, tokens, data, workdir, before, budget):
   flags = flags | _of_stage(name, trial.settings)
-  read = run.load_config(file)
-  run.override(read, {field: _written(value) for field, value in flags.items()})
-  steps = max(round(tokens / max(read.data.batch * read.data.T, 1)), 1)
-  flags = flags | dict(steps=steps)
-  read.steps = steps
+  read = _read(file, {field: _written(value) for field, value in flags.items()})
+  if read.data.mixture.kind == "unimax" and read.data.mixture.budget is None:
+    # Of the whole trial: both stages then draw alike, and the cap holds of both together.
+    flags = flags | {"data.mixture.budget": float(budget)}
+  flags = flags | dict(steps=max(round(tokens / max(read.data.batch * read.data.T, 1)), 1))
+  flags = {field: _written(value) for field, value in flags.items()}
+  read = _read(file, flags)
   fields.check(read)
+  if read.loss.kind != "next_token":
+    raise run.Refused(f"config.loss.kind of {file} is {read.loss.kind!r}, and a sweep measures bits per byte of text")
+  if data["tokenizer"]:
+    begin.check_rows(read, data["manifests"], data["validation"], data["tokenizer"])
+  key = _key(before, read, data)
+  folder = "trunks" if name == "trunk" and not read.data.validation else "trials"
+  return Stage(name, key, (workdir / folder / key[:12]).absolute(), read, flags, file)
+
+
+def _read(file, flags):
+  found = run.load_config(file)
+  run.override(found, flags)
+  return found
+
+
+def _key(before, read, data):
+  """Fingerprint of all that a run's result depends on, with digests of what its config only names."""
   text = {field: value for field, value in _leaves(read) if field not in _NEUTRAL}
-  key = run.fingerprint([before, text, [m["sha256"] for m in data["manifests"]], data["tokenizer_sha256"],
-                         [m["sha256"] for m in data["validation"]] if read.data.validation else []])
-  folder = (workdir / "trunks" / key[:12]) if name == "trunk" and "data.validation" not in flags else (
-      workdir / "trials" / f"{trial.name}-{key[:8]}")
-  return Stage(name, key, folder.absolute(), read, {f: _written(v) for f, v in flags.items()}, file)
+  named = [_digest(read.data.plan), read.data.cut.sizes if read.data.cut.sizes in fields.CUT_SIZES else _digest(
+      read.data.cut.sizes), None if before else _origin(read.init_from)]
+  manifests = [[[m["name"], m["sha256"]] for m in found]
+               for found in (data["manifests"], data["validation"] if read.data.validation else [])]
+  return run.fingerprint([before, text, named, manifests, data["tokenizer"] and data["tokenizer"].sha256])
+
+
+def _digest(path):
+  return path and run.sha256(path)
+
+
+def _origin(place):
+  """What the first stage begins with: a checkpoint's parameters, or the files of a Hugging Face folder."""
+  if not place:
+    return None
+  if (pathlib.Path(place) / "config.json").exists():
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(pathlib.Path(place).iterdir())]
+  return saved.meta(place)["fingerprints"]
 
 
 def _of_stage(name, settings):
