@@ -100,8 +100,8 @@ def slurm(spec, words, attempts=None):
   spec.need("slurm", "partition")
   return _text(
       "slurm.sbatch", name=spec.name, partition=spec.partition, time=spec.time, nodes=spec.nodes,
-      gpus=spec.gpus, grace=spec.grace_seconds,
-      attempts=spec.attempts if attempts is None else attempts, secrets=" ".join(spec.environment), command=shlex.join(words),
+      gpus=spec.gpus, grace=spec.grace_seconds, attempts=spec.attempts if attempts is None else attempts,
+      secrets=" ".join(spec.environment), command=shlex.join(words),
   )
 
 

@@ -5,6 +5,7 @@ are configs, commands and plans; nothing is run. Trials that differ in their coo
 one trunk. With config.imitate.tokens each source is cut as in mixture.cut (simulated epoching).
 """
 
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from tiny_aya_jax.sweep import space
 from tiny_aya_jax.train import begin, fields, saved
 
 # Where things lie, and what changes no result.
-_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.plan", "data.cut.sizes", "data.threads",
-            "data.prefetch", "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology", "price")
+_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.cut.sizes", "data.threads",
+            "data.prefetch", "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology",
+            "price")
 
 
 class Stage(NamedTuple):
@@ -62,9 +64,10 @@ def check(config):
 
 
 def planned(config, workdir, trial, data):
-  """A Trial -> Planned; data: dict(manifests, validation, tokenizer, which is None before any is made).
+  """A Trial -> Planned; data: dict(manifests, validation, tokenizer: None before any is made).
 
-  Refuses what train would."""
+  Refuses what train would.
+  """
   own = {field: trial.settings.get(field, config[field]) for field in space.OWN}
   if not own["tokens"] > 0 or not 0 <= own["cooldown_share"] < 1:
     raise run.Refused(f"arm {trial.arm!r} has {own['tokens']} tokens and a cooldown_share of "
@@ -89,7 +92,8 @@ def planned(config, workdir, trial, data):
 
 def refused(trial, why):
   """A Planned that nothing will run."""
-  return Planned(trial, run.fingerprint([trial.settings, trial.seed, str(why)]), (), {}, {}, {}, 0.0, [f"refused: {why}"])
+  key = run.fingerprint([trial.settings, trial.seed, str(why)])
+  return Planned(trial, key, (), {}, {}, {}, 0.0, [f"refused: {why}"])
 
 
 def tokens(stage):
@@ -105,47 +109,56 @@ def operations(stage):
 def refuse_changed(stage):
   """A run reads its config file when it starts: it must say what it said when the sweep began."""
   if str(_read(stage.file, stage.flags)) != str(stage.config):
-    raise run.Refused(f"{stage.file} has changed since this sweep began: its trials would be of two kinds; start the "
-                      "same command again, which runs what the new one needs")
+    raise run.Refused(f"{stage.file} has changed since this sweep began: its trials would be of two kinds; start "
+                      "the same command again, which runs what the new one needs")
 
 
 def _stages(config, workdir, trial, own, data):
-  share = own["cooldown_share"]
-  common = {field: value for field, value in {"data.rows": config.rows, "tokenizer": config.tokenizer}.items() if value}
-  common |= {"seed": trial.seed, "data.seed": trial.seed}
-  if not config.rows:
+  """(trunk, cooldown), or the trunk alone."""
+  share, stage = own["cooldown_share"], functools.partial(_stage, trial, own, data, workdir)
+  common = {"seed": trial.seed, "data.seed": trial.seed}
+  if config.rows:
+    common |= {"data.rows": config.rows, "tokenizer": config.tokenizer}
+  else:
     common |= {"data.mixture.within": ()}  # mixture.web has one source a language
   if config.imitate.tokens is not None:
     common |= {"data.cut.share": own["tokens"] / config.imitate.tokens, "data.cut.sizes": config.imitate.sizes}
   last = {"data.validation": config.validation or "", "evaluate_every": 0}  # once, at the end
-  tokens = own["tokens"]
-  trunk = _stage("trunk", config.trunk, common | ({} if share else last), trial, tokens * (1 - share), data, workdir,
-                 [], tokens)
+  trunk = stage("trunk", config.trunk, common | ({} if share else last), 1 - share, [])
   if trunk.config.init_what == "state":
     raise run.Refused(f"{config.trunk} forks from a trunk (init_what 'state'): a sweep trains trunks of its own")
   if not share:
     return (trunk,)
   forked = common | last | dict(init_from=trunk.workdir, init_what="state")
-  return trunk, _stage("cooldown", config.cooldown, forked, trial, tokens * share, data, workdir, [trunk.key], tokens)
+  return trunk, stage("cooldown", config.cooldown, forked, share, [trunk.key])
 
 
-def _stage(name, file, flags, trial, tokens, data, workdir, before, budget):
+def _stage(trial, own, data, workdir, name, file, flags, share, before):
+  """share: of the trial's tokens; before: keys of the runs that it goes on from."""
   flags = flags | _of_stage(name, trial.settings)
   read = _read(file, {field: _written(value) for field, value in flags.items()})
   if read.data.mixture.kind == "unimax" and read.data.mixture.budget is None:
     # Of the whole trial: both stages then draw alike, and the cap holds of both together.
-    flags = flags | {"data.mixture.budget": float(budget)}
-  flags = flags | dict(steps=max(round(tokens / max(read.data.batch * read.data.T, 1)), 1))
+    flags = flags | {"data.mixture.budget": float(own["tokens"])}
+  rows = own["tokens"] * share / max(read.data.T, 1)
+  flags = flags | dict(steps=max(round(rows / max(read.data.batch, 1)), 1))
   flags = {field: _written(value) for field, value in flags.items()}
   read = _read(file, flags)
-  fields.check(read)
-  if read.loss.kind != "next_token":
-    raise run.Refused(f"config.loss.kind of {file} is {read.loss.kind!r}, and a sweep measures bits per byte of text")
-  if data["tokenizer"]:
-    begin.check_rows(read, data["manifests"], data["validation"], data["tokenizer"])
+  _check(read, file, data)
   key = _key(before, read, data)
   folder = "trunks" if name == "trunk" and not read.data.validation else "trials"
   return Stage(name, key, (workdir / folder / key[:12]).absolute(), read, flags, file)
+
+
+def _check(read, file, data):
+  """Refuses what `train` would, and what a sweep cannot compare."""
+  fields.check(read)
+  if read.loss.kind != "next_token":
+    raise run.Refused(f"config.loss.kind of {file} is {read.loss.kind!r}: a sweep measures bits per byte of text")
+  if read.data.plan:
+    raise run.Refused(f"config.data.plan of {file} is {read.data.plan}: a sweep's plans are those of its mixtures")
+  if data["tokenizer"]:
+    begin.check_rows(read, data["manifests"], data["validation"], data["tokenizer"])
 
 
 def _read(file, flags):
@@ -157,15 +170,11 @@ def _read(file, flags):
 def _key(before, read, data):
   """Fingerprint of all that a run's result depends on, with digests of what its config only names."""
   text = {field: value for field, value in _leaves(read) if field not in _NEUTRAL}
-  named = [_digest(read.data.plan), read.data.cut.sizes if read.data.cut.sizes in fields.CUT_SIZES else _digest(
-      read.data.cut.sizes), None if before else _origin(read.init_from)]
+  sizes = read.data.cut.sizes
+  named = [sizes if sizes in fields.CUT_SIZES else run.sha256(sizes), None if before else _origin(read.init_from)]
   manifests = [[[m["name"], m["sha256"]] for m in found]
                for found in (data["manifests"], data["validation"] if read.data.validation else [])]
   return run.fingerprint([before, text, named, manifests, data["tokenizer"] and data["tokenizer"].sha256])
-
-
-def _digest(path):
-  return path and run.sha256(path)
 
 
 def _origin(place):
@@ -173,7 +182,8 @@ def _origin(place):
   if not place:
     return None
   if (pathlib.Path(place) / "config.json").exists():
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(pathlib.Path(place).iterdir())]
+    files = sorted(pathlib.Path(place).iterdir())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
   return saved.meta(place)["fingerprints"]
 
 
