@@ -95,12 +95,12 @@ def sky(spec, words):
   )
 
 
-def slurm(spec, words):
-  """A batch script for GPU nodes that share a file system."""
+def slurm(spec, words, attempts=None):
+  """A batch script for GPU nodes that share a file system; attempts: beside the first, not the Spec's."""
   spec.need("slurm", "partition")
   return _text(
       "slurm.sbatch", name=spec.name, partition=spec.partition, time=spec.time, nodes=spec.nodes,
-      gpus=spec.gpus, grace=spec.grace_seconds, attempts=spec.attempts,
+      gpus=spec.gpus, grace=spec.grace_seconds, attempts=spec.attempts if attempts is None else attempts,
       secrets=" ".join(spec.environment), command=shlex.join(words),
   )
 

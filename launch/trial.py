@@ -24,7 +24,11 @@ def slurm(spec, command):
   words = shlex.split(command)
   if words[1:3] != ["-m", "tiny_aya_jax"]:
     raise specs.Refused("slurm waits for its job by itself: set config.detached to False")
-  return subprocess.run(["sbatch", "--wait"], input=render.slurm(spec, words[3:]), text=True, check=False).returncode
+  (workdir,) = (word.partition("=")[2] for word in words if word.startswith("--workdir="))
+  # Run once, and not put back into the queue: BRIEF is what counts as too short a run for that.
+  return subprocess.run(
+      ["sbatch", "--wait", f"--output={workdir}/log.txt", "--export=ALL,BRIEF=999999999"],
+      input=render.slurm(spec, words[3:], attempts=0), text=True, check=False).returncode
 
 
 def xpk(spec, command):

@@ -81,14 +81,16 @@ def test_shares_are_those_of_the_imitated_sizes_not_of_what_is_packed():
 
 def test_sizes_of_the_web_are_shared_by_the_sources_of_a_language():
   sources = [source("wol_Latn/a", 10), source("wol_Latn/b", 30)]
+  sources[1]["bytes"] *= 2  # of another kind of text
   found = mixture.cut_sizes(sources, "web")
-  web = mixture._WEB["wol_Latn"] / sources[0]["bytes"] * sources[0]["tokens"]
-  assert found == {"wol_Latn/a": pytest.approx(web / 4), "wol_Latn/b": pytest.approx(web * 3 / 4)}
+  assert sum(found[one["name"]] * one["bytes"] / one["tokens"] for one in sources) == pytest.approx(
+      mixture._WEB["wol_Latn"])
+  assert found["wol_Latn/b"] == pytest.approx(3 * found["wol_Latn/a"])
 
 
 @pytest.mark.parametrize("given, said", [
-    (dict(wol_Latn=-1), "gives -1.0 tokens for wol_Latn/text"), ({}, "gives None tokens for wol_Latn/text"),
-    (dict(wol_Latn=math.inf), "gives inf tokens"),
+    (dict(wol_Latn=-1), "gives -1 tokens for wol_Latn/text"), ({}, "gives None tokens for wol_Latn/text"),
+    (dict(wol_Latn=math.inf), "gives inf tokens"), (dict(wol_Latn="many"), "gives 'many' tokens"),
 ])
 def test_sizes_that_are_no_numbers_are_refused(given, said):
   with pytest.raises(run.Refused, match=re.escape(said)):
@@ -120,6 +122,7 @@ def test_a_plan_of_cut_sources_is_json_and_another_cut_is_another_plan():
     (["cut.share=0"], "expected more than 0"), (["cut.share=2"], "at most 1"),
     (["cut.share=0.5", "cut.sizes=wbe"], "did you mean 'web'?"),
     (["cut.share=0.5", "cut.sizes=none.json"], "none.json does not exist"),
+    (["cut.share=0.5", "plan=plan.json"], "config.data.cut is not read with it"),
 ])
 def test_a_cut_that_cannot_be_is_refused(data, tmp_path, capsys, fields, said):
   flags = [f"--config.data.{field}" for field in fields]

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from tiny_aya_jax import run
-from tiny_aya_jax.sweep import protocol, runner, space, sweep
+from tiny_aya_jax.sweep import ledger as ledgers, protocol, runner, space, sweep
 
 CODES = ("deu_Latn", "tur_Latn", "hin_Deva", "wol_Latn")
 
@@ -79,7 +79,10 @@ def test_optuna_goes_on_from_what_was_measured():
     (dict(search="random", grid=(), space=(("schedule.peak", "uniform", 3.0, 2.0),)), "a low end first"),
     (dict(search="random", grid=(), space=(("schedule.peak", "normal", 3.0, 2.0),)), "is no distribution"),
     (dict(search="optuna", grid=(), space=(("data.mixture.keep", "factors", 1.0, 1.0),)), "drawn at random"),
-    (dict(arms=(("a",),)), "is no arm"), (dict(seeds=0), "config.seeds is 0"),
+    (dict(arms=(("a",),)), "is no arm"), (dict(arms=(("a", ("data.T", 2)),)), "(name, ((field, value),))"),
+    (dict(grid=(("data.T", 32),)), "(field, (value,))"), (dict(grid=(("data.mixture.kind", "unimax"),)), "is no axis"),
+    (dict(prefix=("no-such-command",)), "is no command here"), (dict(law=dict(fit=True, confirm=0, draws=1, best=1,
+    most_epochs=4.0), grid=(("tokens", (1, 2)),)), "`tokens` varies"), (dict(seeds=0), "config.seeds is 0"),
     (dict(objective="median"), "unknown config.objective 'median'"), (dict(floor=3.0), "config.floor is 3.0"),
     (dict(at_once=0), "config.at_once is 0"), (dict(trunk="pretrain.py"), "which is not a file"),
     (dict(topology="v9:1"), "v9"),
@@ -92,8 +95,11 @@ def test_what_is_no_sweep_is_refused(fields, said):
 
 @pytest.mark.parametrize("fields, said", [
     (dict(more_seeds=(("temprature 1.0", 2),)), "did you mean 'temperature 1.0'?"),
-    (dict(arms=(("a", (("seed", 1),)),)), "seeds are the sweep's"),
-    (dict(arms=(("a", (("steps", 1),)),)), "sets steps"),
+    (dict(arms=(("a", (("seed", 1),)),)), "seed is decided by config.seeds"),
+    (dict(arms=(("a", (("trunk.steps", 1),)),)), "steps is decided by config.tokens"),
+    (dict(arms=(("a", (("cooldown.init_from", "b"),)),)), "init_from is the sweep's own"),
+    (dict(arms=(("a", (("model.V", 599),)),)), "600 ids, config.model.V only 599 rows"),
+    (dict(arms=(("a", (("cooldown.data.T", 64),)),)), "rows of T=32, config.data.T is 64"),
     (dict(arms=(("a", (("schedule.peek", 1.0),)),)), "arm 'a, temperature 1.0': unknown field 'schedule.peek'"),
     (dict(arms=(("a", (("cooldown_share", 1.0),)),)), "cooldown_share of 1.0"),
     (dict(arms=(("a", (("trunk.data.batch", 0),)),)), "config.data.batch is 0"),
@@ -173,6 +179,29 @@ def test_what_changes_no_result_makes_no_other_trial(data, tmp_path):
   assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
+def test_what_a_config_only_names_is_part_of_the_trial_by_its_content(data, tmp_path):
+  sizes = tmp_path / "sizes.json"
+  def key(tokens):
+    sizes.write_text(json.dumps(dict.fromkeys(CODES, 1e6) | dict(wol_Latn=tokens)))
+    asked = config(grid=(), more_seeds=())
+    with asked.unlocked():
+      asked.imitate.sizes = str(sizes)
+    return plans(asked, data, tmp_path)[0].key
+
+  assert key(1e3) == key(1e3) != key(1e5)
+
+
+def test_a_config_file_that_changes_under_a_sweep_ends_it(data, tmp_path):
+  text = (ROOT / "experiments/pretrain.py").read_text()
+  (tmp_path / "mine.py").write_text(text)
+  (stage, _), = [planned.stages for planned in plans(
+      config(trunk=f"{tmp_path}/mine.py:tiny", grid=(), more_seeds=()), data, tmp_path)]
+  protocol.refuse_changed(stage)
+  (tmp_path / "mine.py").write_text(text.replace("peak=4e-3", "peak=5e-3"))
+  with pytest.raises(run.Refused, match="has changed since this sweep began"):
+    protocol.refuse_changed(stage)
+
+
 def test_weights_sum_to_one_and_leave_out_what_no_row_can_hold():
   shares = dict(zip(CODES, (0.1, 0.2, 0.7, 1e-12)))
   made = sweep.weights(shares)
@@ -187,14 +216,16 @@ FAKE = textwrap.dedent("""
     words = shlex.split(sys.argv[1])
     flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
     workdir, steps = pathlib.Path(flags["workdir"]), int(flags["config.steps"])
-    root, name = pathlib.Path(sys.argv[2]), workdir.name
+    temperature = flags["config.data.mixture.temperature"]
+    root, name = pathlib.Path(sys.argv[2]), f"temperature-{temperature}-{workdir.parent.name}-{workdir.name}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    time.sleep(min(float(sys.argv[3]), 0.4))  # train too takes its lock only after its imports
     with open(workdir / "lock", "a") as lock:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       tries = len(list(root.glob(f"begun-{name}-*")))
       (root / f"begun-{name}-{tries}").touch()
       time.sleep(float(sys.argv[3]))
-      code = (root / f"code-{flags['config.data.mixture.temperature']}-{tries}")
+      code = (root / f"code-{temperature}-{tries}")
       if code.exists():
         print("refused: because" if code.read_text() == "65" else "it broke")
         sys.exit(int(code.read_text()))
@@ -205,7 +236,7 @@ FAKE = textwrap.dedent("""
       (workdir / "checkpoints" / str(steps) / "meta").mkdir(exist_ok=True)
       (workdir / "steps").write_text(str(steps))
       if "config.data.validation" in flags:
-        entry = dict(bits_per_byte=float(flags["config.data.mixture.temperature"]), bytes=100.0)
+        entry = dict(bits_per_byte=None if temperature == "9.0" else float(temperature), bytes=100.0)
         row = dict(step=steps, evaluation=dict.fromkeys(("deu_Latn", "wol_Latn"), entry))
         (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
       (root / f"ended-{name}-{tries}").touch()
@@ -257,6 +288,19 @@ def test_a_dry_run_starts_nothing(fake, capsys):
     assert words in said
 
 
+def test_a_dry_run_needs_no_rows_and_costs_the_report_s_protocol(tmp_path, capsys):
+  asked = run.load_config(f"{ROOT / 'experiments/sweeps/temperature.py'}")
+  with asked.unlocked():
+    asked.trunk, asked.cooldown = (str(ROOT / "experiments" / f"{name}.py") for name in ("pretrain", "cooldown"))
+    asked.dry_run, asked.topology = True, "v5p:4x4x4"
+  assert sweep.main(asked, tmp_path / "none") == 0
+  said = capsys.readouterr().out
+  for words in ("as large as FineWeb-2", "39,998,980,096 tokens", "2200B tokens", "USD at"):
+    assert words in said
+  (line,) = [line for line in said.splitlines() if line.startswith("unimax 4")]
+  assert "pcm_Latn 4" in line  # the cap is kept by both stages together
+
+
 @pytest.mark.parametrize("codes, state, tries", [
     ({0: 65}, "refused", 1), ({0: 77}, "diverged", 1), ({0: 1, 1: 1}, "failed", 2), ({0: 1}, "done", 2),
     ({0: 75}, "done", 2), ({0: 137, 1: 76}, "failed", 2),
@@ -296,6 +340,61 @@ def test_a_sweep_that_was_killed_goes_on_and_what_ran_alone_is_waited_for(fake, 
   assert len(ended) == 6 and sum(ended.values()) <= 8  # the two under way were asked again, to see that they are done
 
 
+def test_a_trunk_that_was_removed_and_is_half_made_again_is_not_forked(fake, data):
+  made, workdir, ran = fake
+  asked = made()
+  workdir.mkdir()
+  (one, *_), ledger = plans(asked, data, workdir), ledgers.Ledger(workdir / "ledger.jsonl")
+  trunk, cooldown = one.stages
+  work = runner.Runner(asked, workdir, ledger)
+  ledger.append(event="ended", key=trunk.key, code=0, seconds=1.0)
+  (trunk.workdir / f"checkpoints/{trunk.config.steps - 1}/params").mkdir(parents=True)
+  (trunk.workdir / f"checkpoints/{trunk.config.steps - 1}/meta").mkdir()
+  assert work._needed(one, trunk) and work._needed(one, cooldown)
+  (trunk.workdir / f"checkpoints/{trunk.config.steps - 1}").rename(trunk.workdir / f"checkpoints/{trunk.config.steps}")
+  assert not work._needed(one, trunk)
+  ledger.append(event="began", key=trunk.key)
+  assert work._needed(one, trunk)
+
+
+def test_what_is_not_finite_at_the_end_has_diverged(fake):
+  made, workdir, _ = fake
+  asked = made(cooldown_share=0.0)
+  with asked.unlocked():
+    asked.grid = (("data.mixture.temperature", (1.0, 9.0)),)
+  assert sweep.main(asked, workdir) == 0
+  assert outcomes(workdir) == {"temperature-1.0_seed-0": "done", "temperature-9.0_seed-0": "diverged"}
+
+
+def test_optuna_s_trials_share_a_trunk_and_what_train_refuses_is_one_of_them(fake):
+  pytest.importorskip("optuna")
+  made, workdir, ran = fake
+  asked = made(at_once=2)
+  with asked.unlocked():
+    asked.search, asked.grid, asked.draws = "optuna", (), 6
+    asked.space = (*((field, "choice", (value,)) for field, value in (*SMALL, ("data.mixture.temperature", 2.0))),
+                   ("cooldown.schedule.peak", "log", 1e-4, 1e-2), ("cooldown.log_every", "whole", 0, 1))
+    asked.arms = ()
+  assert sweep.main(asked, workdir) == 0
+  found = outcomes(workdir)
+  assert 0 < list(found.values()).count("refused") < 6  # log_every 0
+  assert len(list(ran.glob("begun-*-trunks-*"))) == 1 and not list(workdir.glob("*/*/checkpoints"))
+  before = sorted(path.name for path in ran.iterdir())
+  assert sweep.main(asked, workdir) == 0 and sorted(path.name for path in ran.iterdir()) == before
+
+
+def test_an_outcome_that_is_done_stays_and_a_torn_line_costs_no_other(tmp_path):
+  ledger = ledgers.Ledger(tmp_path / "ledger.jsonl")
+  for state in ("failed", "done", "failed"):
+    ledger.append(event="outcome", key="a", state=state)
+  with open(tmp_path / "ledger.jsonl", "a") as file:
+    file.write('{"event": "outco')
+  again = ledgers.Ledger(tmp_path / "ledger.jsonl")
+  again.append(event="outcome", key="b", state="done")
+  found = ledgers.Ledger(tmp_path / "ledger.jsonl").outcomes()
+  assert {key: row["state"] for key, row in found.items()} == dict(a="done", b="done")
+
+
 def test_a_stop_ends_what_runs_saved_and_goes_on_later(fake):
   made, workdir, ran = fake
   asked = made(seconds=30, at_once=3)
@@ -307,7 +406,7 @@ def test_a_stop_ends_what_runs_saved_and_goes_on_later(fake):
   os.kill(child, signal.SIGTERM)
   assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
   assert not outcomes(workdir)
-  assert not any(runner._held(path / "lock") for path in workdir.glob("trunks/*"))
+  assert not any(runner._locked(path / "held") for path in workdir.glob("trunks/*"))
 
 
 def test_a_queue_that_takes_a_command_and_returns_is_waited_for(fake, monkeypatch, tmp_path):
@@ -350,7 +449,8 @@ def test_a_run_is_a_job_by_a_spec_of_launch(data, tmp_path, backend, detached):
   run_line = script if backend == "slurm" else said
   assert f"train --config={stage.file} --workdir={stage.workdir}" in run_line.replace("'", "")
   assert f"aya-pretrain-{stage.key[:8]}-" in run_line and ("--wait" in said) == (backend == "slurm")
-  assert backend == "slurm" or f"echo $code > {tmp_path}/exit.tmp" in said and "--max-restarts\n0\n" in said
+  assert backend == "xpk" or f"--output={stage.workdir}/log.txt" in said and "seq 0 0" in script
+  assert backend == "slurm" or f"echo $code > {tmp_path}/exit.$$" in said and "--max-restarts\n0\n" in said
   words[words.index(backend)] = dict(slurm="xpk", xpk="slurm")[backend]  # each refuses the other's waiting
   assert subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 65
 

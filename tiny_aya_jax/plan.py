@@ -21,7 +21,6 @@ from tiny_aya_jax.train import begin, fields
 GIB = 2**30
 PLANNED_MFU = 0.40  # no roofline is reached: what to count on until it was measured
 HOST_BANDWIDTH = 1e9  # bytes a second that a host writes to storage; assumed
-BYTES_A_TOKEN = 4  # of text whose rows are not packed yet; assumed
 EXACT = ("parameters", "moments", "kept for the backward pass")  # of `estimate`
 # Environment of a client without chips: no metadata server, no lock against other processes.
 COMPILE_ONLY = dict(
@@ -372,15 +371,7 @@ def epochs(config):
     manifests = loader.read_manifests(config.data.rows)
     yield from mixture.table(begin.plan(config, manifests), config.steps * config.data.batch)
     return
-  yield (f"no rows given (config.data.rows): languages as large as FineWeb-2, {BYTES_A_TOKEN} bytes a "
+  yield (f"no rows given (config.data.rows): languages as large as FineWeb-2, {mixture.WEB_BYTES_A_TOKEN} bytes a "
          "token; before cleaning, so every real epoch is longer")
-  manifests = [
-      dict(
-          name=f"{language.code}/web", language=language.code, path="", sha256="",
-          rows=max(1, language.fineweb_bytes // BYTES_A_TOKEN // config.data.T), T=config.data.T,
-          tokens=language.fineweb_bytes // BYTES_A_TOKEN, bytes=language.fineweb_bytes,
-          tokenizer_sha256="",
-      )
-      for language in languages.LANGUAGES
-  ]
-  yield from mixture.table(begin.plan(config, manifests), config.steps * config.data.batch)
+  plan = begin.plan(config, mixture.web(config.data.T))
+  yield from mixture.table(plan, config.steps * config.data.batch)

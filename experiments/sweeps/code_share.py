@@ -13,10 +13,11 @@ from tiny_aya_jax import run
 
 
 def get_config(variant="full"):
-  run.choose("variant", variant, sweep.VARIANTS)
+  run.choose("variant", variant, ("full", "proxy"))  # the embedded corpus has no code
   c = sweep.get_config(variant)
   c.title = "code share"
   c.grid = (("data.mixture.fixed", tuple((("code", share),) for share in (0.02, 0.05, 0.1, 0.15, 0.25))),)
   c.x = None
+  c.imitate.sizes = "rows"  # FineWeb-2 has no size of code
   c.more_seeds = ()
   return c

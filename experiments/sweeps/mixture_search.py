@@ -18,7 +18,7 @@ def get_config(variant="full"):
   c.search, c.grid = "optuna", ()
   c.space = (("trunk.data.mixture.temperature", "log", 1.0, 100.0),
              ("cooldown.data.mixture.temperature", "log", 1.0, 100.0),
-             ("cooldown_share", "uniform", 0.05, 0.4))
+             ("cooldown_share", "uniform", 0.05, 0.4 if variant != "tiny" else 0.3))
   c.draws = 30 if variant != "tiny" else 3
   c.more_seeds = ()
   return c

@@ -18,9 +18,8 @@ def get_config(variant="full"):
   run.choose("variant", variant, sweep.VARIANTS)
   c = sweep.get_config(variant)
   c.title, c.grid = "temperature and UniMax", ()
-  # A budget of the whole trial: both stages then draw alike, and the cap holds of both together.
   c.arms = (*((f"temperature {value:g}", (("data.mixture.temperature", value),)) for value in TEMPERATURES),
-            *((f"unimax {cap:g}", (("data.mixture.kind", "unimax"), ("data.mixture.epochs", cap),
-                                   ("data.mixture.budget", float(c.tokens)))) for cap in CAPS))
+            *((f"unimax {cap:g}", (("data.mixture.kind", "unimax"), ("data.mixture.epochs", cap)))
+              for cap in CAPS))
   c.more_seeds = (("temperature 1", 3), ("temperature 100", 3))
   return c

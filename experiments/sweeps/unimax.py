@@ -15,7 +15,7 @@ def get_config(variant="full"):
   run.choose("variant", variant, sweep.VARIANTS)
   c = sweep.get_config(variant)
   c.title = "UniMax cap"
-  c.arms = (("unimax", (("data.mixture.kind", "unimax"), ("data.mixture.budget", float(c.tokens)))),)
+  c.arms = (("unimax", (("data.mixture.kind", "unimax"),)),)
   c.grid = (("data.mixture.epochs", (0.5, 1.0, 2.0, 4.0, 8.0)),)
   c.x = "data.mixture.epochs"
   c.more_seeds = ()

@@ -35,6 +35,7 @@ OFFSET = 1 << 63  # the first row comes from the middle of the table, not from i
 # Thresholds are whole numbers of 2^-40: exact in JSON readers that know only doubles, and coarse
 # enough that a power function rounding differently on another machine gives the same plan.
 UNIT = 1 << 40
+WEB_BYTES_A_TOKEN = 4  # of `web`; assumed
 MOST_EPOCHS = 4  # up to here repeats are worth almost as much as new text (arXiv 2305.16264)
 
 
@@ -115,25 +116,35 @@ def cut_sizes(sources, given):
   """
   if given == "rows":
     return {source["name"]: source["tokens"] for source in sources}
-  packed = collections.defaultdict(int)
+  packed = {}
   for source in sources:
-    packed[source["language"]] += source["tokens"]
+    tokens, size = packed.get(source["language"], (0, 0))
+    packed[source["language"]] = tokens + source["tokens"], size + source["bytes"]
   found = {}
   for source in sources:
     name, code = source["name"], source["language"]
-    part = source["tokens"] / packed[code]
+    part = source["tokens"] / packed[code][0]
     if given == "web":
       if code not in _WEB:
         raise run.Refused(f"FineWeb-2 has no size of {code}: leave it out of the mixture's rows, or give "
                           "config.data.cut.sizes a JSON file of tokens")
-      found[name] = _WEB[code] * source["tokens"] / source["bytes"] * part
+      found[name] = _WEB[code] * source["tokens"] / packed[code][1]
       continue
-    size = given.get(name, given[code] * part if code in given else None)
+    size, share = (given[name], 1) if name in given else (given.get(code), part)
     if not isinstance(size, (int, float)) or not 0 < size < math.inf:
       raise run.Refused(f"config.data.cut.sizes gives {size!r} tokens for {name}: expected a number above 0 "
                         "for it, or for its language")
-    found[name] = size
+    found[name] = size * share
   return found
+
+
+def web(T):
+  """Sources of all languages as large as FineWeb-2 has them, for plans of text that is not packed yet."""
+  return [
+      dict(name=f"{code}/web", language=code, path="", sha256="", rows=max(1, size // WEB_BYTES_A_TOKEN // T),
+           T=T, tokens=size // WEB_BYTES_A_TOKEN, bytes=size, tokenizer_sha256="")
+      for code, size in _WEB.items()
+  ]
 
 
 _WEB = {language.code: language.fineweb_bytes for language in languages.LANGUAGES}

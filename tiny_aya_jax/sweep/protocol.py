@@ -5,17 +5,19 @@ are configs, commands and plans; nothing is run. Trials that differ in their coo
 one trunk. With config.imitate.tokens each source is cut as in mixture.cut (simulated epoching).
 """
 
+import functools
 import pathlib
 from typing import NamedTuple
 
 from tiny_aya_jax import flops, run
 from tiny_aya_jax.data import mixture
 from tiny_aya_jax.sweep import space
-from tiny_aya_jax.train import begin, fields
+from tiny_aya_jax.train import begin, fields, saved
 
 # Where things lie, and what changes no result.
-_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.threads", "data.prefetch",
-            "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology", "price")
+_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.cut.sizes", "data.threads",
+            "data.prefetch", "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology",
+            "price")
 
 
 class Stage(NamedTuple):
@@ -50,7 +52,8 @@ class Planned(NamedTuple):
 
 def check(config):
   """Refuses numbers that are no protocol, before a trial is looked at."""
-  for field in ("trunk", "cooldown", "rows", "validation", "tokenizer"):
+  unpacked = config.dry_run and not config.rows  # may be asked before anything is packed
+  for field in ("trunk", "cooldown", *(() if unpacked else ("rows", "validation", "tokenizer"))):
     if not config[field]:
       raise run.Refused(f"config.{field} is not set")
   for field in ("trunk", "cooldown"):
@@ -61,7 +64,10 @@ def check(config):
 
 
 def planned(config, workdir, trial, data):
-  """A Trial -> Planned; data: dict(manifests, validation, tokenizer_sha256). Refuses what train would."""
+  """A Trial -> Planned; data: dict(manifests, validation, tokenizer: None before any is made).
+
+  Refuses what train would.
+  """
   own = {field: trial.settings.get(field, config[field]) for field in space.OWN}
   if not own["tokens"] > 0 or not 0 <= own["cooldown_share"] < 1:
     raise run.Refused(f"arm {trial.arm!r} has {own['tokens']} tokens and a cooldown_share of "
@@ -84,6 +90,12 @@ def planned(config, workdir, trial, data):
                  sum(map(operations, stages)), remarks)
 
 
+def refused(trial, why):
+  """A Planned that nothing will run."""
+  key = run.fingerprint([trial.settings, trial.seed, str(why)])
+  return Planned(trial, key, (), {}, {}, {}, 0.0, [f"refused: {why}"])
+
+
 def tokens(stage):
   """Tokens that a run trains on."""
   return stage.config.steps * stage.config.data.batch * stage.config.data.T
@@ -94,36 +106,85 @@ def operations(stage):
   return tokens(stage) * flops.per_token(stage.config.model, stage.config.data.T)["total"]
 
 
+def refuse_changed(stage):
+  """A run reads its config file when it starts: it must say what it said when the sweep began."""
+  if str(_read(stage.file, stage.flags)) != str(stage.config):
+    raise run.Refused(f"{stage.file} has changed since this sweep began: its trials would be of two kinds; start "
+                      "the same command again, which runs what the new one needs")
+
+
 def _stages(config, workdir, trial, own, data):
-  share = own["cooldown_share"]
-  common = dict(tokenizer=config.tokenizer, seed=trial.seed) | {
-      "data.rows": config.rows, "data.seed": trial.seed}
+  """(trunk, cooldown), or the trunk alone."""
+  share, stage = own["cooldown_share"], functools.partial(_stage, trial, own, data, workdir)
+  common = {"seed": trial.seed, "data.seed": trial.seed}
+  if config.rows:
+    common |= {"data.rows": config.rows, "tokenizer": config.tokenizer}
+  else:
+    common |= {"data.mixture.within": ()}  # mixture.web has one source a language
   if config.imitate.tokens is not None:
     common |= {"data.cut.share": own["tokens"] / config.imitate.tokens, "data.cut.sizes": config.imitate.sizes}
-  last = {"data.validation": config.validation, "evaluate_every": 0}  # once, at the end
-  trunk = _stage("trunk", config.trunk, common | ({} if share else last), trial, own["tokens"] * (1 - share),
-                 data, workdir, [])
+  last = {"data.validation": config.validation or "", "evaluate_every": 0}  # once, at the end
+  trunk = stage("trunk", config.trunk, common | ({} if share else last), 1 - share, [])
+  if trunk.config.init_what == "state":
+    raise run.Refused(f"{config.trunk} forks from a trunk (init_what 'state'): a sweep trains trunks of its own")
   if not share:
     return (trunk,)
   forked = common | last | dict(init_from=trunk.workdir, init_what="state")
-  return trunk, _stage("cooldown", config.cooldown, forked, trial, own["tokens"] * share, data, workdir,
-                       [trunk.key])
+  return trunk, stage("cooldown", config.cooldown, forked, share, [trunk.key])
 
 
-def _stage(name, file, flags, trial, tokens, data, workdir, before):
+def _stage(trial, own, data, workdir, name, file, flags, share, before):
+  """share: of the trial's tokens; before: keys of the runs that it goes on from."""
   flags = flags | _of_stage(name, trial.settings)
-  read = run.load_config(file)
-  run.override(read, {field: _written(value) for field, value in flags.items()})
-  steps = max(round(tokens / max(read.data.batch * read.data.T, 1)), 1)
-  flags = flags | dict(steps=steps)
-  read.steps = steps
+  read = _read(file, {field: _written(value) for field, value in flags.items()})
+  if read.data.mixture.kind == "unimax" and read.data.mixture.budget is None:
+    # Of the whole trial: both stages then draw alike, and the cap holds of both together.
+    flags = flags | {"data.mixture.budget": float(own["tokens"])}
+  rows = own["tokens"] * share / max(read.data.T, 1)
+  flags = flags | dict(steps=max(round(rows / max(read.data.batch, 1)), 1))
+  flags = {field: _written(value) for field, value in flags.items()}
+  read = _read(file, flags)
+  _check(read, file, data)
+  key = _key(before, read, data)
+  folder = "trunks" if name == "trunk" and not read.data.validation else "trials"
+  return Stage(name, key, (workdir / folder / key[:12]).absolute(), read, flags, file)
+
+
+def _check(read, file, data):
+  """Refuses what `train` would, and what a sweep cannot compare."""
   fields.check(read)
+  if read.loss.kind != "next_token":
+    raise run.Refused(f"config.loss.kind of {file} is {read.loss.kind!r}: a sweep measures bits per byte of text")
+  if read.data.plan:
+    raise run.Refused(f"config.data.plan of {file} is {read.data.plan}: a sweep's plans are those of its mixtures")
+  if data["tokenizer"]:
+    begin.check_rows(read, data["manifests"], data["validation"], data["tokenizer"])
+
+
+def _read(file, flags):
+  found = run.load_config(file)
+  run.override(found, flags)
+  return found
+
+
+def _key(before, read, data):
+  """Fingerprint of all that a run's result depends on, with digests of what its config only names."""
   text = {field: value for field, value in _leaves(read) if field not in _NEUTRAL}
-  key = run.fingerprint([before, text, [m["sha256"] for m in data["manifests"]], data["tokenizer_sha256"],
-                         [m["sha256"] for m in data["validation"]] if read.data.validation else []])
-  folder = (workdir / "trunks" / key[:12]) if name == "trunk" and "data.validation" not in flags else (
-      workdir / "trials" / f"{trial.name}-{key[:8]}")
-  return Stage(name, key, folder.absolute(), read, {f: _written(v) for f, v in flags.items()}, file)
+  sizes = read.data.cut.sizes
+  named = [sizes if sizes in fields.CUT_SIZES else run.sha256(sizes), None if before else _origin(read.init_from)]
+  manifests = [[[m["name"], m["sha256"]] for m in found]
+               for found in (data["manifests"], data["validation"] if read.data.validation else [])]
+  return run.fingerprint([before, text, named, manifests, data["tokenizer"] and data["tokenizer"].sha256])
+
+
+def _origin(place):
+  """What the first stage begins with: a checkpoint's parameters, or the files of a Hugging Face folder."""
+  if not place:
+    return None
+  if (pathlib.Path(place) / "config.json").exists():
+    files = sorted(pathlib.Path(place).iterdir())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+  return saved.meta(place)["fingerprints"]
 
 
 def _of_stage(name, settings):

@@ -25,7 +25,11 @@ from tiny_aya_jax.evaluate import rollups
 SEARCHES = ("grid", "random", "optuna")
 OWN = ("tokens", "cooldown_share")  # fields of the sweep that a trial may set
 STAGES = ("trunk", "cooldown")
-SET = ("seed", "data.seed", "steps", "epochs")  # by the sweep: config.seeds, config.tokens
+# What the protocol decides: where data lie and a stage begins, how long it is, who is measured and when.
+SET = dict.fromkeys(("seed", "data.seed"), "config.seeds") | dict.fromkeys(("steps", "epochs"), "config.tokens") | (
+    dict.fromkeys(("data.cut.share", "data.cut.sizes"), "config.imitate")) | dict.fromkeys(
+        ("init_from", "init_what", "data.rows", "data.validation", "data.plan", "tokenizer", "evaluate_every",
+         "loss.kind", "stop_after", "show", "workdir"), "the sweep's own")
 DISTRIBUTIONS = dict(uniform=2, log=2, whole=2, choice=1, factors=2)  # numbers that each needs
 
 
@@ -48,10 +52,14 @@ def check(config):
       raise run.Refused(f"config.{field} is set, and config.search is {config.search!r}, which does not read it")
   if config.search != "grid" and not config.space:
     raise run.Refused(f"config.search is {config.search!r} and config.space is empty: there is nothing to draw")
-  for pair in (*config.arms, *config.grid):
-    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not pair[1]:
-      raise run.Refused(f"{pair!r} is no arm: expected (name, ((field, value), ...)) in config.arms and "
-                        "(field, (value, ...)) in config.grid")
+  for pair in config.arms:
+    if not _pair(pair) or not isinstance(pair[1], tuple) or not all(map(_pair, pair[1])):
+      raise run.Refused(f"{pair!r} in config.arms is no arm: expected (name, ((field, value), ...)), and "
+                        "(name, ((field, value),)) for one field")
+  for pair in config.grid:
+    if not _pair(pair) or not isinstance(pair[1], (tuple, list)) or not pair[1]:
+      raise run.Refused(f"{pair!r} in config.grid is no axis: expected (field, (value, ...)), and (field, (value,)) "
+                        "for one value")
   for axis in config.space:
     if not isinstance(axis, tuple) or len(axis) < 2 or len(axis) != 2 + DISTRIBUTIONS.get(axis[1], -9):
       raise run.Refused(f"{axis!r} in config.space is no distribution: expected (field, kind, ...) as in "
@@ -62,9 +70,15 @@ def check(config):
       raise run.Refused(f"{axis[0]} in config.space is 'log' from {axis[2]}, expected more than 0")
     if axis[1] == "factors" and config.search == "optuna":
       raise run.Refused("'factors' in config.space are drawn at random: set config.search to 'random'")
-  for name, least in dict(seeds=1, draws=1).items():
-    if config[name] < least:
-      raise run.Refused(f"config.{name} is {config[name]}, expected at least {least}")
+  for name in ("seeds", "draws"):
+    if config[name] < 1:
+      raise run.Refused(f"config.{name} is {config[name]}, expected at least 1")
+  if config.search == "optuna" and (config.seeds > 1 or config.more_seeds):
+    raise run.Refused("config.seeds and config.more_seeds are not read with Optuna, which asks each setting once")
+
+
+def _pair(value):
+  return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
 def arms(config, codes):
@@ -116,7 +130,7 @@ def trials(config, found):
   more = dict(config.more_seeds)
   for arm in more:
     run.choose("arm in config.more_seeds", arm, names)
-  count = {arm: more.get(arm, config.seeds) for arm in names}
+  count = {arm: max(more.get(arm, 1), config.seeds) for arm in names}
   return [trial(config, arm, settings, seed)
           for seed in range(max(count.values())) for arm, settings in found if seed < count[arm]]
 
@@ -125,18 +139,19 @@ def trial(config, arm, settings, seed):
   """The Trial of an arm and a seed (0, 1, ...), which is added to config.seed."""
   for field in settings:
     stage, _, rest = field.partition(".")
-    if (rest if stage in STAGES else field) in SET:
-      raise run.Refused(f"arm {arm!r} sets {field}: seeds are the sweep's (config.seeds), and so are steps (tokens)")
+    if (mine := rest if stage in STAGES else field) in SET:
+      raise run.Refused(f"arm {arm!r} sets {field}: {mine} is {SET[mine].replace('config', 'decided by config')}")
   x = settings.get(config.x) if config.x else None
   name = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in arm)
-  return Trial(f"{name}_seed-{seed}", arm, config.seed + seed, x if isinstance(x, (int, float)) else None,
-               dict(settings))
+  return Trial(f"{name}_seed-{config.seed + seed}", arm, config.seed + seed,
+               x if isinstance(x, (int, float)) else None, dict(settings))
 
 
 def suggested(config, earlier):
   """Optuna's next {field: value}: a function of config.seed and of `earlier`, [(settings, value or None)].
 
-  A value is what was measured, lower is better; None is still under way, or failed. Needs optuna.
+  A value is what was measured, lower is better; None is still under way; inf, of what diverged or broke a
+  floor, counts as worse than all that was measured. Needs optuna.
   """
   import optuna
 
@@ -145,12 +160,21 @@ def suggested(config, earlier):
   sampler = optuna.samplers.TPESampler(seed=config.seed + len(earlier), constant_liar=True)
   study = optuna.create_study(direction="minimize", sampler=sampler)
   state = optuna.trial.TrialState
+  finite = [value for _, value in earlier if value is not None and math.isfinite(value)]
+  worse = max(finite, default=0.0) + 1
   for settings, value in earlier:
-    finite = value is not None and math.isfinite(value)
     study.add_trial(optuna.trial.create_trial(
-        state=state.COMPLETE if finite else state.RUNNING if value is None else state.FAIL,
-        value=value if finite else None, params=settings, distributions=known))
+        state=state.RUNNING if value is None else state.COMPLETE,
+        value=None if value is None else min(value, worse), params=settings, distributions=known))
   return dict(study.ask(known).params)
+
+
+def tuples(settings):
+  """{field: value} out of JSON: its lists were tuples."""
+  def deep(value):
+    return tuple(map(deep, value)) if isinstance(value, list) else value
+
+  return {field: deep(value) for field, value in settings.items()}
 
 
 def _distribution(optuna, kind, numbers):

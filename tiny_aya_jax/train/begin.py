@@ -172,6 +172,32 @@ def cut(config, manifests):
   return mixture.cut(manifests, share, mixture.cut_sizes(manifests, sizes))
 
 
+def check_rows(config, manifests, validation, tokenizer):
+  """Refuses rows, or a vocabulary, that are not what the config trains on."""
+  kind = loader.FIELDS if config.loss.kind == "next_token" else loader.SCORED
+  for folder, found in ((config.data.rows, manifests), (config.data.validation, validation)):
+    for manifest in found:
+      loader.check_fields(manifest, (kind,) if found is manifests else (kind, loader.FIELDS))
+      if manifest["fields"] == loader.SCORED and manifest["pairs"] != config.loss.pairs:
+        raise run.Refused(f"{manifest['path']} has at most {manifest['pairs']} pairs a row, "
+                          f"config.loss.pairs is {config.loss.pairs}: set it to what pack was given")
+    for manifest in found[:1]:  # read_manifests refuses mixtures of T or tokenizer
+      if manifest["T"] != config.data.T:
+        raise run.Refused(
+            f"{folder} holds rows of T={manifest['T']}, config.data.T is {config.data.T}: "
+            "pack again, or set config.data.T"
+        )
+      if manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise run.Refused(
+            f"{folder} was packed with tokenizer {manifest['tokenizer_sha256'][:12]}, "
+            f"{config.tokenizer} is {tokenizer.sha256[:12]}"
+        )
+  if tokenizer.size > config.model.V:
+    raise run.Refused(
+        f"{config.tokenizer} has {tokenizer.size} ids, config.model.V only {config.model.V} rows"
+    )
+
+
 def settle_steps(config, manifests):
   """Sets config.steps to those of config.epochs, if only these are set; else epochs are not read."""
   if config.steps is not None:

@@ -41,7 +41,7 @@ def _fields(config):
       raise run.Refused(f"config.{name} is {value}, expected at least {smallest}")
   _optimizer(config.optimizer)
   _adapter(config.adapter)
-  _cut(config.data.cut)
+  _cut(config.data)
   if not 0 < config.loss.beta < math.inf:
     raise run.Refused(f"config.loss.beta is {config.loss.beta}, expected more than 0")
   if config.loss.kind != "next_token" and config.loss.z_loss:
@@ -89,7 +89,10 @@ def _optimizer(optimizer):
                       f"{adamw.weight_decay}, expected more than 0 and at least 0")
 
 
-def _cut(found):
+def _cut(data):
+  found = data.cut
+  if data.plan and found.share is not None:
+    raise run.Refused("config.data.plan is followed as it is, and config.data.cut is not read with it: unset one")
   if found.share is None and found.sizes != "rows":
     raise run.Refused(f"config.data.cut.sizes is {found.sizes!r} and config.data.cut.share is not set: nothing "
                       "would be cut; give the share of the imitated run's tokens that this run has")
