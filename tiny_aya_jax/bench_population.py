@@ -3,9 +3,9 @@
 The trials differ in data and learning rate. Together: states and batches have an axis of
 trials in front, which is vmapped and shared by the devices; apart: each trial makes its step in
 turn, its batch shared by the devices. Every trial must have the same loss either way, or the
-comparison is void. `sweep` does not train so: on two CPU cores 2, 4 or 8 trials together make 1.01,
-0.97 or 0.93 of the tokens a second that they make apart, and a process for each core (config.at_once
-of the sweep) 1.02. On an accelerator, which has room for one process, this is what decides.
+comparison is void. `sweep` does not train so: on two CPU cores 2, 4 or 8 trials together make
+1.01, 0.97 or 0.93 of the tokens a second that they make apart, and a process for each core
+(config.at_once of a sweep) 1.02. On an accelerator, with room for one process, this decides.
 """
 
 import functools
