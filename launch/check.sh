@@ -6,7 +6,7 @@
 #                                 ($PYTHON312), and the full-size step compiled for TPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh "data,eval,export,report,track,test,parity"
+. launch/environment.sh "data,eval,export,report,sweep,track,test,parity"
 if command -v shellcheck > /dev/null; then
   shellcheck launch/*.sh
 else
@@ -21,6 +21,6 @@ if [ "${1:-}" = full ]; then
   # with libtpu, what compiles for a TPU is not skipped; an hour for the full-size step on ten slices
   BUDGETS=1 python -m pytest tests/test_hlo.py tests/test_proof.py tests/test_plan.py tests/test_budgets.py -q
   rm -rf .venv312 && "${PYTHON312:-python3.12}" -m venv .venv312
-  .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[data,eval,export,report,track,test]"
+  .venv312/bin/pip install --quiet --disable-pip-version-check --editable ".[data,eval,export,report,sweep,track,test]"
   .venv312/bin/python -m pytest tests -q
 fi
