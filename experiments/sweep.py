@@ -36,8 +36,8 @@ def get_config(variant="full"):
       sizes="rows",  # the imitated run's sources: rows (as packed), web (FineWeb-2), a JSON file
   ))
   c.imitate.tokens = 6e12  # report 2.2
-  # What varies (tiny_aya_jax/sweep/space.py): the product of `arms` and `grid`, or draws from `space`.
-  c.search = "grid"  # or random, optuna
+  # What varies (tiny_aya_jax/sweep/space.py): the product of `arms` and `grid`; draws from `space`.
+  c.search = "grid"  # or random, which adds draws; optuna, which asks for one trial after another
   c.arms = ()  # ((name, ((field, value), ...)), ...)
   c.grid = (("data.mixture.temperature", (1.0, 2.0, 3.33, 5.0, 100.0)),)  # ours: from proportional to equal
   c.space = ()  # ((field, "log", low, high), ...)
