@@ -38,7 +38,7 @@ setup(
         "etils",
         "numpy",
         "rich",
-        "Babel",
+        "Babel==2.18.0",  # the wiring corpus is its CLDR: another version is another corpus
     ],
     extras_require=EXTRAS,
     entry_points=dict(console_scripts=["tiny-aya=tiny_aya_jax.__main__:console"]),
