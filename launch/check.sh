@@ -16,7 +16,7 @@ fi
 python -m pytest tests --ignore=tests/faults --ignore=tests/test_pipeline.py -n 2 --dist loadfile --durations=10 -q
 python -m pytest tests/test_pipeline.py tests/faults --durations=10 -q
 if [ "${1:-}" = full ]; then
-  FAULTS=1 python -m pytest tests/faults -q  # half an hour
+  FAULTS=1 python -m pytest tests/faults tests/test_fp8.py tests/test_train.py -q  # half an hour
   python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(python -c 'import jax; print(jax.__version__)')"
   # with libtpu, what compiles for a TPU is not skipped; an hour for the full-size step on ten slices
   BUDGETS=1 python -m pytest tests/test_hlo.py tests/test_proof.py tests/test_plan.py tests/test_budgets.py -q

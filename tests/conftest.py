@@ -105,6 +105,7 @@ def packed(documents, T):
 
 
 ROOT = pathlib.Path(__file__).parents[1]
+full = pytest.mark.skipif(not os.environ.get("FAULTS"), reason="FAULTS=1: half a minute; check.sh full")
 
 
 @pytest.fixture(scope="session")

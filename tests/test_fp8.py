@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from conftest import full
 from test_transformer import graded
 
 from tiny_aya_jax import axes
@@ -286,6 +287,7 @@ def curve(steps, **settings):
   return np.asarray(run((params, tx.init(params))))
 
 
+@full
 def test_fp8_learns_what_bfloat16_and_float32_learn():
   losses = {
       name: curve(300, **settings) for name, settings in dict(

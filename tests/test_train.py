@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from conftest import ROOT, call, command, fields
+from conftest import ROOT, call, command, fields, full
 
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, mixture
@@ -169,6 +169,7 @@ def test_a_changed_rate_mixture_batch_or_model_is_refused_on_resume(data, whole,
     assert said in capsys.readouterr().err
 
 
+@full
 def test_a_resume_counts_the_budget_of_unimax_as_the_first_start_did(data, tmp_path, capsys):
   rule = ("--config.data.mixture.kind=unimax", "--config.data.mixture.epochs=0.03")
   assert pretrain(data, tmp_path, "--config.steps=4", "--config.save_every=2", *rule) == 0
