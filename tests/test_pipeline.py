@@ -67,9 +67,9 @@ def test_a_sweep_trains_one_trunk_for_both_cooldowns_and_reads_what_it_planned(o
   began = [row for row in run.read_lines(out / "sweep" / "ledger.jsonl") if row["event"] == "began"]
   assert [row["stage"] for row in began] == ["trunk", "cooldown", "cooldown"]
   assert [trial["state"] for trial in result["trials"]] == ["done", "done"]
+  folders = {row["trial"]: out / "sweep" / "trials" / row["key"][:12] for row in began if row["stage"] == "cooldown"}
   for trial in result["trials"]:
-    (place,) = (out / "sweep" / "trials").glob(f"{trial['trial']}-*/checkpoints/30")
-    plan = saved.data(place)["plan"]
+    plan = saved.data(folders[trial["trial"]] / "checkpoints" / "30")["plan"]
     drawn, sizes = protocol.amounts(plan, 30 * 16)
     assert trial["tokens"] == pytest.approx(drawn) and result["sizes"] == pytest.approx(sizes)
     assert all(source["rows"] < source["of"] for source in plan["sources"] if source["of"] > 20)
