@@ -144,6 +144,7 @@ def test_two_processes_fall_back_together(data, tmp_path):
   assert code == 0 and runs.starts(sound) == [0, 4] and "checkpoints/8 is set aside" in said
 
 
+@pytest.mark.skipif(not runs.FULL, reason="FAULTS=1: three quarters of a minute")
 def test_a_save_that_fails_on_one_of_two_ends_both_in_time_and_the_pair_goes_on(data, tmp_path, monkeypatch):
   workdir, more = tmp_path / "run", ("--config.steps=100", "--config.save_every=50", "--config.log_every=50")
   with monkeypatch.context() as patched:
