@@ -2,7 +2,7 @@
 
 Rows have an event and the key of what it is about, a run (protocol.Stage) or a trial (Planned):
 
-  asked     a suggestion of Optuna's, before it is planned
+  asked     a suggestion of Optuna's, before it is planned; its key is that of the question
   began     a run, or another attempt at it; accepted: a queue took it; ended: with its exit code
   outcome   of a trial: done with what was measured, diverged, refused or failed
 """

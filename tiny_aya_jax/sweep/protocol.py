@@ -10,7 +10,7 @@ import pathlib
 from typing import NamedTuple
 
 from tiny_aya_jax import flops, run
-from tiny_aya_jax.data import mixture
+from tiny_aya_jax.data import mixture, rules
 from tiny_aya_jax.sweep import space
 from tiny_aya_jax.train import begin, fields, saved
 
@@ -137,7 +137,7 @@ def _stage(trial, own, data, workdir, name, file, flags, share, before):
   """share: of the trial's tokens; before: keys of the runs that it goes on from."""
   flags = flags | _of_stage(name, trial.settings)
   read = _read(file, {field: _written(value) for field, value in flags.items()})
-  if read.data.mixture.kind == "unimax" and read.data.mixture.budget is None:
+  if "budget" in rules.READS.get(read.data.mixture.kind, ()) and read.data.mixture.budget is None:
     # Of the whole trial: both stages then draw alike, and the cap holds of both together.
     flags = flags | {"data.mixture.budget": float(own["tokens"])}
   rows = own["tokens"] * share / max(read.data.T, 1)

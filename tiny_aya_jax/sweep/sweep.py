@@ -28,13 +28,12 @@ def main(config, workdir):
   plans = [protocol.planned(config, workdir, trial, data) for trial in found]
   _distinct(plans)
   if config.dry_run:
-    known = ledgers.Ledger(workdir / "ledger.jsonl")
-    print("\n".join(preview.lines(config, plans or [_first_draw(config, workdir, data)], known)), flush=True)
+    _show(config, workdir, data, plans, ledgers.Ledger(workdir / "ledger.jsonl"))
     return run.EXIT["done"]
   workdir.mkdir(parents=True, exist_ok=True)
   with _lock(workdir):
     ledger = ledgers.Ledger(workdir / "ledger.jsonl")
-    print("\n".join(preview.lines(config, plans or [_first_draw(config, workdir, data)], ledger)), flush=True)
+    _show(config, workdir, data, plans, ledger)
     sweep = Sweep(config, workdir, ledger, data, plans)
     try:
       sweep.run()
@@ -89,6 +88,11 @@ def _distinct(plans):
     other = seen.setdefault(planned.key, planned.trial)
     if other is not planned.trial:
       raise run.Refused(f"trials {other.name} and {planned.trial.name} are the same run: leave one out")
+
+
+def _show(config, workdir, data, plans, ledger):
+  shown = plans or [_first_draw(config, workdir, data)]
+  print("\n".join(preview.lines(config, shown, ledger)), flush=True)
 
 
 def _first_draw(config, workdir, data):
@@ -170,14 +174,14 @@ class Sweep:
             _remove(stage.workdir / "checkpoints" if last else stage.workdir)
 
   def _next_suggestion(self):
-    """Plannings of Optuna's suggestions; what was asked before comes first, what train refuses is kept as that."""
+    """Optuna's suggestions, planned; those of before come first, what train would refuse is kept as that."""
     question = run.fingerprint([list(map(str, self.config.space)), self.config.seed, self._objective])
     asked = [space.tuples(row["settings"]) for row in self.ledger.rows
-             if row["event"] == "asked" and row["question"] == question]
+             if row["event"] == "asked" and row["key"] == question]
     for number in range(self.config.draws):
       if number == len(asked):
         asked.append(space.suggested(self.config, [(one.trial.settings, self._value(one)) for one in self.plans]))
-        self.ledger.append(event="asked", key=question, question=question, settings=asked[-1])
+        self.ledger.append(event="asked", key=question, settings=asked[-1])
       trial = space.trial(self.config, f"suggestion {number}", asked[number], 0)
       try:
         planned = protocol.planned(self.config, self.workdir, trial, self.data)
