@@ -9,7 +9,6 @@ import bisect
 import functools
 import itertools
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -52,13 +51,14 @@ class Likelihood(NamedTuple):
 def load(place, tokenizer, mesh, config, T):
   """place: a checkpoint folder or a Hugging Face folder. config: batch, dtype, attention."""
   dtype = jnp.dtype(config.dtype)
-  if is_hugging_face(place):
-    params, cfg = huggingface.read(place)
-    params = jax.tree.map(_put, params, axes.shardings(mesh, params))
+  if huggingface.is_folder(place):
+    params, cfg = huggingface.load(place, lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, x, sharding: jax.ShapeDtypeStruct(x.shape, _held(path, dtype), sharding=sharding),
+        tree, axes.shardings(mesh, tree)))
   else:
     params, meta = checkpoint.restore_params(place, lambda tree: axes.shardings(mesh, tree))
     cfg = ml_collections.ConfigDict(meta["model"])
-  params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, dtype), params)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(x, _held(path, dtype)), params)
   model, score = _programs(decode.Frozen(cfg), dtype, config.attention)
   return Engine(params, cfg, tokenizer, mesh, model, score, config.batch, T)
 
@@ -82,17 +82,14 @@ def refuse_unless_possible(cfg, mesh, config):
                       "fsdp")
 
 
-def is_hugging_face(place):
-  return (pathlib.Path(place) / "config.json").exists()
+def _held(path, dtype):
+  """Norms are held in fp32, as they are used."""
+  return jnp.float32 if axes.letters_of(path) == "D" else dtype
 
 
-def _put(x, sharding):
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-
-def _cast(path, x, dtype):
-  """Norms stay fp32, as they are used; a matrix of fp32 goes at once, so that one is held twice."""
-  if axes.letters_of(path) == "D" or x.dtype == dtype:
+def _cast(x, dtype):
+  """A matrix of another dtype goes at once, so that one is held twice."""
+  if x.dtype == dtype:
     return x
   cast = jax.jit(lambda x: x.astype(dtype), out_shardings=x.sharding)(x)
   x.delete()

@@ -127,9 +127,6 @@ def _from_checkpoint(path, abstract, mesh):
 
 
 def _from_hugging_face(config, path, abstract, tokenizer):
-  params, cfg = huggingface.read(path)
-  begins.same_fields(path, cfg.to_dict(), config.model.to_dict())
   if not tokenizers.load(path / "tokenizer.json").same_ids(tokenizer):
     raise run.Refused(f"{path} has another tokenizer than {config.tokenizer}")
-  return jax.tree.map(
-      lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, abstract)
+  return huggingface.load(path, lambda _: abstract)[0]
