@@ -78,8 +78,8 @@ def prompt(tokenizer, messages):
 
 
 def stop_ids(tokenizer):
-  """The ids that end an answer: EOS, END_OF_TURN, END_RESPONSE."""
-  return tuple(tokenizer.special(name) for name in STOPS)
+  """The ids that end an answer: EOS, END_OF_TURN, END_RESPONSE, those of them that there are."""
+  return tuple(tokenizer.specials[name] for name in STOPS if name in tokenizer.specials)
 
 
 def spoken(tokenizer):

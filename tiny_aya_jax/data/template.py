@@ -40,15 +40,11 @@ class Turns(NamedTuple):
   prompt: Any  # messages -> the ids behind which the model answers
   stop_ids: tuple  # what ends an answer
   template: Any  # Template, or None for the turns of chat.py
+  identity: Any = None  # what answers depend on beside model and tokenizer, as JSON; None for chat.py's
 
   @property
   def said(self):
     return "the folder's chat template" if self.template else "the turns of data/chat.py"
-
-  @property
-  def identity(self):
-    """What prompts and answers depend on beside the tokenizer, for fingerprints; None for chat.py's."""
-    return [self.template.source, self.template.variables, self.stop_ids] if self.template else None
 
 
 def turns(tokenizer, folder=None):
@@ -62,7 +58,10 @@ def turns(tokenizer, folder=None):
     prompt = functools.partial(chat.prompt, tokenizer)
   else:
     prompt = functools.partial(_no_turns, folder)
-  return Turns(prompt, stop_ids(folder, tokenizer), template)
+  stops = stop_ids(folder, tokenizer)
+  usual = template is None and set(stops) == set(chat.stop_ids(tokenizer))
+  identity = None if usual else [template and [template.source, template.variables], stops]
+  return Turns(prompt, stops, template, identity)
 
 
 def _no_turns(folder, messages):
@@ -81,8 +80,7 @@ def stop_ids(folder, tokenizer):
   ids = given if isinstance(given, list) else [] if given is None else [given]
   if odd := [id for id in ids if type(id) is not int or not 0 <= id < tokenizer.size]:
     raise run.Refused(f"{path}: eos_token_id has {str(odd[0])[:60]}, expected ids from 0 to {tokenizer.size - 1}")
-  return tuple(sorted({*ids, *(tokenizer.specials[name] for name in chat.STOPS
-                               if name in tokenizer.specials)}))
+  return tuple(sorted({*ids, *chat.stop_ids(tokenizer)}))
 
 
 def source(folder):
