@@ -15,8 +15,8 @@ from tiny_aya_jax import run
 def get_config(variant="full"):
   run.choose("variant", variant, ("full", "tiny"))
   c = ConfigDict()
-  c.checkpoint = config_dict.placeholder(str)
-  c.tokenizer = config_dict.placeholder(str)
+  c.checkpoint = config_dict.placeholder(str)  # a workdir, a checkpoint or a Hugging Face folder
+  c.tokenizer = config_dict.placeholder(str)  # of our checkpoints; a Hugging Face folder has its own
   c.prompt = config_dict.placeholder(str)
   c.port = config_dict.placeholder(int)  # 0: any that is free
   c.host = "127.0.0.1"  # who may ask: this machine; nobody is asked for a key

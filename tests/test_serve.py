@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from tiny_aya_jax import client, run, serve
-from tiny_aya_jax.data import tokenizer as tokenizers
+from tiny_aya_jax.data import template, tokenizer as tokenizers
 
 CONFIG = ml_collections.ConfigDict(
     dict(tokens=8, temperature=0.0, top_p=0.95, seed=0, dtype="float32"))
@@ -23,7 +23,7 @@ def model(place, data):
   params, _ = checkpoint.restore_params(place)
   cfg = ml_collections.ConfigDict(saved.meta(place)["model"])
   tokenizer = tokenizers.load(data / "tokenizer.model")
-  return serve.Model("random", params, cfg, tokenizer, CONFIG, 40)
+  return serve.Model("random", params, cfg, tokenizer, template.turns(tokenizer), CONFIG, 40)
 
 
 @pytest.fixture(scope="module")

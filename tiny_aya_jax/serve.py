@@ -16,7 +16,7 @@ import time
 from typing import NamedTuple
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import chat
+from tiny_aya_jax.data import chat, template
 
 LARGEST = 1 << 24  # bytes of a request
 IDLE_SECONDS = 60  # after which a connection that says nothing is closed
@@ -29,12 +29,13 @@ KNOWN = ("messages", "model", "temperature", "top_p", "max_tokens", "max_complet
 
 
 class Model(NamedTuple):
-  """What answers: a checkpoint, its tokenizer, and the config of talk for what a request leaves out."""
+  """What answers: a checkpoint, its tokenizer and turns, and the config of talk for what a request leaves out."""
 
   name: str
   params: dict
   cfg: object
   tokenizer: object
+  turns: template.Turns
   config: object
   T: int  # most tokens of a prompt and its answer
 
@@ -141,7 +142,7 @@ def completion(model, request):
 
   wanted, tokenizer = _wanted(model, request), model.tokenizer
   try:
-    ids = chat.prompt(tokenizer, request.get("messages"))
+    ids = model.turns.prompt(request.get("messages"))
   except run.Refused as refusal:
     raise Wrong(400, str(refusal), "messages") from None
   tokens = wanted["tokens"]
@@ -155,9 +156,9 @@ def completion(model, request):
   # Room for the most tokens, whatever is asked for: else each number of them is a program to compile.
   (answer,) = decode.generate_until(
       model.params, model.cfg, [ids], ended, steps=model.config.tokens,
-      stop_ids=chat.stop_ids(tokenizer), temperature=wanted["temperature"], top_p=wanted["top_p"],
+      stop_ids=model.turns.stop_ids, temperature=wanted["temperature"], top_p=wanted["top_p"],
       seed=wanted["seed"], dtype=jnp.dtype(model.config.dtype),
-      banned_ids=chat.unspoken(tokenizer, model.cfg.V))
+      banned_ids=chat.unspoken(tokenizer, model.cfg.V, model.turns.stop_ids))
   answer = answer[:tokens]
   said, stopped = _cut(tokenizer.decode(answer), wanted["stop"])
   reason = "length" if len(answer) == tokens and not stopped else "stop"

@@ -7,14 +7,15 @@ import pathlib
 import ml_collections
 
 from tiny_aya_jax import run, serve
-from tiny_aya_jax.data import chat, tokenizer as tokenizers
+from tiny_aya_jax.data import chat, template, tokenizer as tokenizers
+from tiny_aya_jax.export import folder
 from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 
 
 def main(config, workdir):
-  """Reads config.checkpoint's params and meta; a line is a turn, an empty line starts over."""
+  """Loads config.checkpoint; a line is a turn, an empty line starts over."""
   run.existing("checkpoint", config.checkpoint)
   run.choose_fields(config, "dtype")
   if config.tokens < 1:
@@ -30,25 +31,18 @@ def main(config, workdir):
     raise run.Refused(f"config.port is {config.port}, expected 0 to 65535 and no config.prompt beside it")
   if config.T is not None and config.T <= config.tokens:
     raise run.Refused(f"config.T is {config.T}, expected more than the {config.tokens} tokens of an answer")
-  tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
-  path = saved.find(config.checkpoint)
-  meta = saved.meta(path)
-  if meta["tokenizer_sha256"] != tokenizer.sha256:
-    raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
-                      f"{config.tokenizer} is {tokenizer.sha256[:12]}")
-  from tiny_aya_jax.train import checkpoint
-
-  params, _ = checkpoint.restore_params(path)
-  cfg = ml_collections.ConfigDict(meta["model"])
+  path, T, tokenizer, turns = _found(config)
+  if config.port is not None and config.tokens >= T:
+    raise run.Refused(f"config.tokens is {config.tokens} and the model reads {T}: set config.tokens, or T")
+  turns.prompt([dict(role="user", content="a")])  # refused now, not after minutes of loading
+  params, cfg = _model(path)
+  name = pathlib.Path(config.checkpoint).resolve().name
+  model = serve.Model(name, params, cfg, tokenizer, turns, config, T)
   if config.port is not None:
-    name = pathlib.Path(config.checkpoint).resolve().name
-    T = config.T or meta["T"]
-    if config.tokens >= T:
-      raise run.Refused(f"config.tokens is {config.tokens} and the model reads {T}: set config.tokens, or T")
-    serve.serve(serve.Model(name, params, cfg, tokenizer, config, T), config.host, config.port)
+    serve.serve(model, config.host, config.port)
     return
   if config.prompt:
-    print(answer(params, cfg, tokenizer, [dict(role="user", content=config.prompt)], config))
+    print(answer(model, [dict(role="user", content=config.prompt)]))
     return
   messages = []
   while True:
@@ -60,21 +54,51 @@ def main(config, workdir):
       messages = []
       continue
     messages.append(dict(role="user", content=line))
-    messages.append(dict(
-        role="assistant", content=answer(params, cfg, tokenizer, messages, config)))
+    messages.append(dict(role="assistant", content=answer(model, messages)))
     print(f"model: {messages[-1]['content']}")
 
 
-def answer(params, cfg, tokenizer, messages, config):
-  """The model's next turn as text."""
+def _found(config):
+  """config -> (folder of the checkpoint or Hugging Face folder, most tokens, its Tokenizer, its Turns)."""
+  path = pathlib.Path(config.checkpoint)
+  if folder.is_one(path):
+    tokenizer = folder.tokenizer(path, config.tokenizer)
+    turns = template.turns(tokenizer, path)
+    run.say(f"{path} is spoken to by {turns.said}")
+    return path, config.T or folder.T(path), tokenizer, turns
+  tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
+  path = saved.find(path)
+  meta = saved.meta(path)
+  if meta["tokenizer_sha256"] != tokenizer.sha256:
+    raise run.Refused(f"{path} was trained with tokenizer {meta['tokenizer_sha256'][:12]}, "
+                      f"{config.tokenizer} is {tokenizer.sha256[:12]}")
+  return path, config.T or meta["T"], tokenizer, template.turns(tokenizer)
+
+
+def _model(path):
+  """(params, cfg) of what `_found` named."""
+  import jax
+
+  from tiny_aya_jax.export import huggingface
+  from tiny_aya_jax.train import checkpoint
+
+  if folder.is_one(path):
+    params, cfg = huggingface.read(path)
+    return jax.device_put(params), cfg
+  params, meta = checkpoint.restore_params(path)
+  return params, ml_collections.ConfigDict(meta["model"])
+
+
+def answer(model, messages):
+  """The next turn of a serve.Model as text."""
   import jax.numpy as jnp
 
   from tiny_aya_jax.model import decode
 
-  ids = chat.prompt(tokenizer, messages)
+  config, turns = model.config, model.turns
   (reply,) = decode.generate(
-      params, cfg, [ids], steps=config.tokens, stop_ids=chat.stop_ids(tokenizer),
+      model.params, model.cfg, [turns.prompt(messages)], steps=config.tokens, stop_ids=turns.stop_ids,
       temperature=config.temperature, top_p=config.top_p, seed=config.seed,
-      dtype=jnp.dtype(config.dtype), banned_ids=chat.unspoken(tokenizer, cfg.V),
+      dtype=jnp.dtype(config.dtype), banned_ids=chat.unspoken(model.tokenizer, model.cfg.V, turns.stop_ids),
   )
-  return tokenizer.decode(reply)
+  return model.tokenizer.decode(reply)

@@ -73,50 +73,66 @@ def encode(tokenizer, messages):
 def prompt(tokenizer, messages):
   """Messages that end with the user -> the ids behind which the model answers."""
   ids, _ = encode(tokenizer, messages)
-  if messages[-1]["role"] != "user":
-    raise run.Refused(
-        f"a prompt ends with a message from user, given one from {messages[-1]['role']}:"
-        " drop the last message or add the user's"
-    )
+  ends_with_user(messages)
   return ids + [tokenizer.special(name) for name in ANSWER]
 
 
 def stop_ids(tokenizer):
-  """The ids that end an answer: EOS, END_OF_TURN, END_RESPONSE."""
-  return tuple(tokenizer.special(name) for name in STOPS)
+  """The ids that end an answer: EOS, END_OF_TURN, END_RESPONSE, those of them that there are."""
+  return tuple(tokenizer.specials[name] for name in STOPS if name in tokenizer.specials)
 
 
-def unspoken(tokenizer, V):
+def spoken(tokenizer):
+  """Whether a tokenizer has all special tokens of a prompt."""
+  return {"<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", *ROLES.values(), *ANSWER} <= tokenizer.specials.keys()
+
+
+def unspoken(tokenizer, V, stop_ids):
   """The ids that no answer holds: specials that do not end it, and rows of a table of V beyond the
   vocabulary."""
-  specials = set(tokenizer.specials.values()) - set(stop_ids(tokenizer))
+  specials = set(tokenizer.specials.values()) - set(stop_ids)
   return [*sorted(specials), *range(tokenizer.size, V)]
 
 
 def check(messages):
   """Refuses what is not: one system message or none, then user and assistant in turns."""
-  if not isinstance(messages, (list, tuple)) or not messages:
-    raise run.Refused(f"a conversation is a list of messages, given {str(messages)[:60]!r}")
   expected = "user"
-  for index, message in enumerate(messages):
-    role = _role(index, message)
-    if role == "system" and index == 0:
+  for index, message in enumerate(listed(messages)):
+    found = role(index, message)
+    if found == "system" and index == 0:
       continue
-    if role != expected:
+    if found != expected:
       raise run.Refused(
-          f"message {index} is from {role}, expected {expected}:"
+          f"message {index} is from {found}, expected {expected}:"
           " one system message may come first, then user and assistant take turns"
       )
-    expected = "assistant" if role == "user" else "user"
+    expected = "assistant" if found == "user" else "user"
 
 
-def _role(index, message):
+def listed(messages):
+  """The messages; refuses what is no list of any."""
+  if not isinstance(messages, (list, tuple)) or not messages:
+    raise run.Refused(f"a conversation is a list of messages, given {str(messages)[:60]!r}")
+  return messages
+
+
+def ends_with_user(messages):
+  """Refuses a prompt after which it is not the model's turn."""
+  if messages[-1]["role"] != "user":
+    raise run.Refused(
+        f"a prompt ends with a message from user, given one from {messages[-1]['role']}:"
+        " drop the last message or add the user's"
+    )
+
+
+def role(index, message):
+  """Who message number `index` is from; refuses what is no message."""
   if not isinstance(message, dict) or not isinstance(message.get("content"), str):
     raise run.Refused(
         f"message {index} is not {{'role': ..., 'content': text}}: {str(message)[:60]!r}"
     )
-  role = run.choose(f"role in message {index}", message.get("role"), ROLES)
-  return "assistant" if role == "chatbot" else role
+  found = run.choose(f"role in message {index}", message.get("role"), ROLES)
+  return "assistant" if found == "chatbot" else found
 
 
 def _turn(tokenizer, message):

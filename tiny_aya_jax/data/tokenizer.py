@@ -5,6 +5,8 @@ Not here: training (vocab.py) and conversations (chat.py). Two promises hold in 
 `tokenizer.model` and the `tokenizer.json` made from it give equal ids.
 `decode` is our own in both: the tokens' bytes, joined. The one loss: SentencePiece writes a space
 as U+2581, so that a literal U+2581 in the text comes back as a space (the ids are still equal).
+A foreign tokenizer.json may change letters before it cuts (NFC in Command R's): decomposed text then
+comes back composed, and bytes_V counts the bytes of what comes back. One that moves spaces is refused.
 """
 
 import functools
@@ -32,19 +34,20 @@ SPECIALS = {
     "<|END_RESPONSE|>": 11,
 }
 SPACE = "\u2581"  # SentencePiece's way to write a space inside a piece
-PROBE = " a  b\n c"  # must come back unchanged, or bytes_V would not be the bytes of the text
+PROBES = (" a  b\n c", "a")  # must come back, or bytes_V would not be the bytes of the text
+MOST_IDS = 1 << 22  # of a vocabulary; what says more would fill memory with holes
 
 
 def load(path):
   """tokenizer.model, tokenizer.json, or a folder with one (the model first) -> Tokenizer."""
   path = _file(path)
   tokenizer = _load_model(path) if path.suffix == ".model" else _load_json(path)
-  if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
-    back = tokenizer.decode(tokenizer.encode(PROBE))
-    raise run.Refused(
-        f"tokenizer {path} turns {PROBE!r} into {back!r}: it adds or drops spaces, so that bits per"
-        " byte would be wrong; use one trained by the vocab verb or a released byte-level one"
-    )
+  for probe, ids in zip(PROBES, tokenizer.encode_many(PROBES)):
+    if (back := tokenizer.decode(ids)) != probe:
+      raise run.Refused(
+          f"tokenizer {path} turns {probe!r} into {back!r}: it adds or drops spaces, so that bits per"
+          " byte would be wrong; use one trained by the vocab verb or a released byte-level one"
+      )
   return tokenizer
 
 
@@ -53,13 +56,16 @@ class Tokenizer:
 
   bytes_V: int32 [V], UTF-8 bytes of each token; 0 for specials and unused ids.
   sha256: of the file it was loaded from.   size: V.   specials: {name: id}.
+  flags: {name: {"lstrip", "rstrip", "single_word"}} of specials that a tokenizer.json flags so, which
+  is read where text is searched for special tokens (template.py).
   """
 
-  def __init__(self, path, pieces, specials, encode_many, json_text):
+  def __init__(self, path, pieces, specials, flags, encode_many, json_text):
     """`pieces`: the bytes of each id; `encode_many`: texts -> ids; `json_text`: () -> str."""
     self.path = str(path)
     self.size = len(pieces)
     self.specials = specials
+    self.flags = flags
     self.sha256 = run.sha256(path)
     self.bytes_V = np.array([len(piece) for piece in pieces], np.int32)
     self._pieces = pieces
@@ -172,6 +178,7 @@ def _load_model(path):
       path,
       pieces=[b"" if hidden[id] else _model_piece(engine, id) for id in ids],
       specials={engine.id_to_piece(id): id for id in ids if hidden[id]},
+      flags={},
       encode_many=engine.encode,
       json_text=functools.partial(_model_to_json, path),
   )
@@ -305,32 +312,59 @@ def _begin_with(bos, vocab):
 def _load_json(path):
   tokenizers = _import_tokenizers()
   whole = run.read_json(path, "tokenizer")
-  specials = {}
-  whole["added_tokens"] = whole.get("added_tokens") or []
-  for token in whole["added_tokens"]:
-    if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not isinstance(
-        token.get("id"), int):
-      raise run.Refused(f"tokenizer {path} has the added token {token!r:.60}, expected an id and content")
-    # Cohere files flag only some of their turn markers as special; the name tells the rest.
-    content = token["content"]
-    token["special"] = token.get("special", False) or content in SPECIALS or (
-        content.startswith("<|") and content.endswith("|>"))
-    if token["special"]:
-      specials[content] = token["id"]
+  whole["added_tokens"] = _added_tokens(path, whole)
+  specials = {token["content"]: token["id"] for token in whole["added_tokens"] if token["special"]}
   try:
     engine = tokenizers.Tokenizer.from_str(json.dumps(whole))
-  except Exception as error:  # noqa: BLE001 (the package raises nothing narrower)
-    raise run.Refused(f"tokenizer {path} is not a tokenizer.json ({error})") from None
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # noqa: BLE001 (the package raises nothing narrower, or panics)
+    raise run.Refused(f"tokenizer {path} is not a tokenizer.json ({' '.join(str(error).split())[:300]})") from None
   engine.encode_special_tokens = True  # the text of a special token stays text
   engine.no_truncation()
   engine.no_padding()
-  return Tokenizer(
+  tokenizer = Tokenizer(
       path,
       pieces=_json_pieces(path, whole, engine, specials),
       specials=specials,
-      encode_many=functools.partial(_encode_many, engine),
+      flags={token["content"]: flags for token in whole["added_tokens"] if (flags := {
+          flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)}) and token["special"]},
+      encode_many=functools.partial(_encode_many, path, engine, set(specials.values())),
       json_text=functools.partial(pathlib.Path(path).read_text, encoding="utf-8"),
   )
+  tokenizer.encode_many([text for name in specials for text in (name, f"a{name} b")])  # refuses
+  return tokenizer
+
+
+def _added_tokens(path, whole):
+  """The added tokens, each with an id, content, and whether it is special."""
+  tokens = whole.get("added_tokens") or []
+  for token in tokens if isinstance(tokens, list) else [tokens]:
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(
+        token.get("id")) is not int or not token["content"]:
+      raise run.Refused(f"tokenizer {path} has the added token {str(token)[:60]}, expected an id and content")
+    # Cohere files flag only some of their turn markers as special; the name tells the rest.
+    content = token["content"]
+    token["special"] = bool(token.get("special")) or content in SPECIALS or (
+        content.startswith("<|") and content.endswith("|>"))
+  return tokens
+
+
+def _check_ids(path, whole, engine):
+  """Refuses ids that are no rows of a table, that two tokens share, or that the engine does not use."""
+  named = engine.get_vocab(with_added_tokens=False)
+  for token in whole["added_tokens"]:
+    content, id = token["content"], token["id"]
+    if engine.token_to_id(content) != id or named.get(content, id) != id:
+      raise run.Refused(f"tokenizer {path}: the added token {content[:60]!r} has id {id}, but is numbered "
+                        f"{engine.token_to_id(content)}: expected each token once, and ids without a gap")
+    named[content] = id
+  owners = {}
+  for content, id in named.items():
+    if not 0 <= id < MOST_IDS:
+      raise run.Refused(f"tokenizer {path}: {content[:60]!r} has id {id}, expected 0 to {MOST_IDS - 1}")
+    if owners.setdefault(id, content) != content:
+      raise run.Refused(f"tokenizer {path}: {owners[id][:60]!r} and {content[:60]!r} are both id {id}")
 
 
 def _import_tokenizers():
@@ -344,8 +378,12 @@ def _import_tokenizers():
   return tokenizers
 
 
-def _encode_many(engine, texts):
-  return [coded.ids for coded in engine.encode_batch(texts, add_special_tokens=False)]
+def _encode_many(path, engine, hidden, texts):
+  found = [coded.ids for coded in engine.encode_batch(texts, add_special_tokens=False)]
+  for text, ids in zip(texts, found):
+    if not hidden.isdisjoint(ids):  # a model that knows its specials as pieces, or none for a letter
+      raise run.Refused(f"tokenizer {path} makes a special token of the text {text[:60]!r}: text would end turns")
+  return found
 
 
 def _json_pieces(path, whole, engine, specials):
@@ -358,6 +396,7 @@ def _json_pieces(path, whole, engine, specials):
         f"tokenizer {path} lacks {len(missing)} of the 256 byte pieces, {missing[0]!r} for one:"
         " some texts would have no ids"
     )
+  _check_ids(path, whole, engine)
   added = {token["content"]: token["id"] for token in whole["added_tokens"]}
   pieces = [b""] * (1 + max([*vocab.values(), *added.values()]))
   for piece, id in vocab.items():
@@ -370,8 +409,7 @@ def _json_pieces(path, whole, engine, specials):
 
 def _piece_reader(path, whole):
   """-> (piece -> its bytes, the pieces of the 256 single bytes), from how the file decodes."""
-  decoder = whole.get("decoder") or {}
-  steps = {step["type"] for step in decoder.get("decoders", [decoder]) if "type" in step}
+  steps = set(_steps(whole.get("decoder") or {}))
   if "ByteLevel" in steps:
     alphabet = _byte_level_alphabet()
     return functools.partial(_byte_level_piece, alphabet), alphabet
@@ -382,6 +420,14 @@ def _piece_reader(path, whole):
       f"tokenizer {path} decodes by {sorted(steps)}: the bytes of a token are known only for"
       " ByteLevel and ByteFallback decoders"
   )
+
+
+def _steps(decoder):
+  """The types of a decoder's steps, in sequences of sequences too."""
+  for inner in decoder.get("decoders", ()):
+    yield from _steps(inner)
+  if "decoders" not in decoder and "type" in decoder:
+    yield decoder["type"]
 
 
 def _byte_level_piece(alphabet, piece):

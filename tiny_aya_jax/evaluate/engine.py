@@ -17,8 +17,8 @@ import ml_collections
 import numpy as np
 
 from tiny_aya_jax import axes, processes, run
-from tiny_aya_jax.data import chat
-from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.data import chat, template
+from tiny_aya_jax.export import folder, huggingface
 from tiny_aya_jax.model import attention, decode, likelihood
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import checkpoint
@@ -38,6 +38,7 @@ class Engine(NamedTuple):
   score: Any  # likelihood.scorer
   batch: int  # rows at a time
   T: int  # most tokens of a request; what is longer loses its beginning
+  turns: template.Turns
 
 
 class Likelihood(NamedTuple):
@@ -51,7 +52,9 @@ class Likelihood(NamedTuple):
 def load(place, tokenizer, mesh, config, T):
   """place: a checkpoint folder or a Hugging Face folder. config: batch, dtype, attention."""
   dtype = jnp.dtype(config.dtype)
-  if huggingface.is_folder(place):
+  theirs = folder.is_one(place)
+  turns = template.turns(tokenizer, place if theirs else None)
+  if theirs:
     params, cfg = huggingface.load(place, lambda tree: jax.tree_util.tree_map_with_path(
         lambda path, x, sharding: jax.ShapeDtypeStruct(x.shape, _held(path, dtype), sharding=sharding),
         tree, axes.shardings(mesh, tree)))
@@ -60,7 +63,7 @@ def load(place, tokenizer, mesh, config, T):
     cfg = ml_collections.ConfigDict(meta["model"])
     params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(x, _held(path, dtype)), params)
   model, score = _programs(decode.Frozen(cfg), dtype, config.attention)
-  return Engine(params, cfg, tokenizer, mesh, model, score, config.batch, T)
+  return Engine(params, cfg, tokenizer, mesh, model, score, config.batch, T, turns)
 
 
 @functools.cache  # checkpoints of one model share their compiled programs
@@ -211,7 +214,7 @@ def _say_cut(engine, what, lengths):
 def answers(engine, prompts, *, tokens, what, ends=(), strip=""):
   """Lists of ids -> [(text, whether it ended by itself)]: greedy, of at most `tokens` tokens.
 
-  ends: texts that end an answer and are cut off with what follows; so do the tokenizer's stop ids.
+  ends: texts that end an answer and are cut off with what follows; so do the model's stop ids.
   strip: characters before which an answer has not begun.
   A prompt longer than T less the answer loses its beginning, BOS excepted.
   """
@@ -237,13 +240,13 @@ def answers(engine, prompts, *, tokens, what, ends=(), strip=""):
 def _generate(engine, prompts, tokens, cut):
   filled = _filled(engine, len(prompts))
   prompts = [prompts[row % len(prompts)] for row in range(filled)]
-  tokenizer = engine.tokenizer
+  stop_ids = engine.turns.stop_ids
   with jax.set_mesh(engine.mesh):
     return decode.generate_until(
         engine.params, engine.cfg, prompts,
         cut and (lambda ids: cut(ids)[1]), steps=tokens,
-        stop_ids=chat.stop_ids(tokenizer), dtype=engine.model.dtype,
-        banned_ids=chat.unspoken(tokenizer, engine.cfg.V))
+        stop_ids=stop_ids, dtype=engine.model.dtype,
+        banned_ids=chat.unspoken(engine.tokenizer, engine.cfg.V, stop_ids))
 
 
 def _cut(text, ends):

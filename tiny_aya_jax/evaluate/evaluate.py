@@ -10,13 +10,13 @@ import pathlib
 from ml_collections import ConfigDict
 
 from tiny_aya_jax import client, languages, run
-from tiny_aya_jax.data import loader, text as texts, tokenizer as tokenizers
+from tiny_aya_jax.data import loader, template, text as texts, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import report, results, terminal
+from tiny_aya_jax.export import folder
 from tiny_aya_jax.train import saved
 
 # What needs jax, or the packages of the extra `eval`, is imported behind the checks: a wrong field
 # is refused in a second.
-MOST_T = 8192  # of a Hugging Face folder that says more: config.T may
 LEAST = ("chunk", "batch", "baselines.processes", "heartbeat_seconds")
 
 
@@ -41,8 +41,8 @@ def main(config, workdir):
   for subject in given:
     engine.refuse_unless_possible(subject["model"], mesh, config)
   inputs = run.fingerprint([
-      [(subject["name"], subject["identity"], subject["tokenizer"].sha256, subject["T"])
-       for subject in given],
+      [(subject["name"], subject["identity"], subject["tokenizer"].sha256, subject["T"],
+        *([own] if (own := subject["turns"].identity) else [])) for subject in given],
       work["fingerprint"], _text(config.baselines), config.dtype, config.baseline,
       [config.judge.url, config.judge.model, config.judge.body]])
   done = run.up_to_date(workdir / "evaluation.json", inputs, config.overwrite)
@@ -106,6 +106,8 @@ def check(config, workdir):
     raise run.Refused(f"config.mesh.context={config.mesh.context} does not divide T={manifests[0]['T']}")
   if config.mesh.context > 1 and (chosen or config.harness.tasks):
     raise run.Refused("tasks are of rows of any length: config.mesh.context must be 1")
+  if config.harness.tasks and config.harness.chat:
+    _check_turns(subjects)
   _check_harness(config.harness, min(subject["T"] for subject in subjects))
   _check_baselines(config.baselines, manifests)
   (tools, items), judge = _tools(config, chosen) if chosen else (None, {}), None
@@ -142,15 +144,15 @@ def _subject(config, given, step=None):
   name = place.resolve().name
   if place.resolve().parent.name == "checkpoints":  # a step of a workdir
     name = f"{place.resolve().parents[1].name}@{name}"
-  if (place / "config.json").exists():
+  if folder.is_one(place):
     from tiny_aya_jax.export import huggingface
 
-    facts = run.read_json(place / "config.json", "Hugging Face folder")
+    facts, tokenizer = run.read_json(place / "config.json", "Hugging Face folder"), folder.tokenizer(place)
     files = [place / "config.json", *sorted(place.glob("*.safetensors"))]
-    return dict(name=name, path=place, step=None, tokenizer=tokenizers.load(place / "tokenizer.json"),
+    return dict(name=name, path=place, step=None, tokenizer=tokenizer, turns=template.turns(tokenizer, place),
                 identity=[run.sha256(path) for path in files], untrained=None,
                 model=huggingface.config_in(facts, place),
-                T=config.T or min(facts.get("max_position_embeddings", MOST_T), MOST_T))
+                T=config.T or folder.T(place))
   if not config.tokenizer:
     raise run.Refused(f"{given} needs config.tokenizer; only Hugging Face folders have their own")
   path, tokenizer = saved.find(place), tokenizers.load(config.tokenizer)
@@ -158,7 +160,7 @@ def _subject(config, given, step=None):
     path = saved.path(place, step)
   meta = saved.meta(path)
   same_tokenizer(path, meta["tokenizer_sha256"], tokenizer, config.tokenizer)
-  return dict(name=name, path=path, step=meta["step"], tokenizer=tokenizer,
+  return dict(name=name, path=path, step=meta["step"], tokenizer=tokenizer, turns=template.turns(tokenizer),
               identity=[meta["model"], meta["fingerprints"]["params"]], untrained=_untrained(place),
               model=ConfigDict(meta["model"]),
               T=config.T or meta["T"])
@@ -216,9 +218,17 @@ def _check_room(config, subjects, items):
   table = tasks.table(config.choices)
   for name, subject in ((name, subject) for name in items for subject in subjects):
     tokens = table[name].tokens and (config.tokens or table[name].tokens)
+    if tokens and config.prompts == "chat":
+      _check_turns([subject])
     if tokens and tokens > subject["T"] // 2:
       raise run.Refused(f"answers of {tokens} tokens to {name} take more than half of the {subject['T']} "
                         f"tokens of {subject['name']}: set config.tokens, or config.T")
+
+
+def _check_turns(subjects):
+  """Refuses models that nothing can be said to: base models, and a template that fails."""
+  for subject in subjects:
+    subject["turns"].prompt([dict(role="user", content="a")])
 
 
 def _check_baselines(settings, manifests):

@@ -26,6 +26,7 @@ from tiny_aya_jax import run
 from tiny_aya_jax.data import chat
 from tiny_aya_jax.evaluate import engine as engines, formats
 
+TURNS = "\U0010fffe"  # no character, and none of a text: in front of what a folder's template renders
 MOST_TOKENS = 256  # of an answer where a task does not say; the harness's own
 
 
@@ -122,6 +123,7 @@ class Harness(TemplateLM):
   def __init__(self, engine, count_bos=False):
     super().__init__()
     self.engine, self.count_bos = engine, count_bos
+    self._template = engine.turns.template
     self._specials = re.compile("|".join(
         sorted(map(re.escape, engine.tokenizer.specials), key=len, reverse=True)))
 
@@ -142,10 +144,12 @@ class Harness(TemplateLM):
     return self.engine.tokenizer.sha256
 
   def chat_template(self, chat_template=False):
-    return chat.TEMPLATE if chat_template else None
+    return (self._template.source if self._template else chat.TEMPLATE) if chat_template else None
 
   def apply_chat_template(self, chat_history, add_generation_prompt=True):
     """Turns as text; `tok_encode` reads the special tokens back."""
+    if self._template:
+      return TURNS + self._template.text(chat_history, open=not add_generation_prompt)
     environment = jinja2.Environment()
     environment.globals["raise_exception"] = _refuse
     text = environment.from_string(chat.TEMPLATE).render(
@@ -154,7 +158,10 @@ class Harness(TemplateLM):
     return text if add_generation_prompt else text.removesuffix("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
 
   def tok_encode(self, string, add_special_tokens=None, **_):
-    """Ids with BOS in front. Special tokens are read only from turns, which begin with BOS's name."""
+    """Ids with BOS in front. Special tokens are read only from turns, which begin with BOS's name; or of
+    a folder's own template with TURNS, and have BOS if it says so."""
+    if self._template and string.startswith(TURNS):
+      return self._template.ids(string.removeprefix(TURNS))
     bos, name = self.prefix_token_id, self.engine.tokenizer.piece(self.prefix_token_id)
     if string.startswith(name):
       return self._with_specials(string)

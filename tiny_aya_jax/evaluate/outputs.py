@@ -12,7 +12,7 @@ import pathlib
 import jax
 
 from tiny_aya_jax import axes, processes, run
-from tiny_aya_jax.data import chat, loader
+from tiny_aya_jax.data import loader
 from tiny_aya_jax.evaluate import engine as engines
 from tiny_aya_jax.model import bits
 from tiny_aya_jax.post import similarity
@@ -76,6 +76,7 @@ def _task_unit(name, code, rows, subject, common, config):
   tokens = task.tokens and (config.tokens or task.tokens)
   asked = [task.request(item, code) for item in rows]
   how = [tokens, config.prompts if tokens else None, subject["T"]]
+  how += [subject["turns"].identity] if tokens and subject["turns"].identity else []
 
   def compute(engine, what):
     answers = (_written if tokens else _chosen)(engine, asked, tokens, task.ends, config.prompts, what)
@@ -97,7 +98,8 @@ def _harness_unit(name, subject, common, config):
 
   return dict(task="harness", code=name, file=f"harness/{name}.jsonl", compute=compute,
               inputs=run.fingerprint([common, name, {**settings, "tasks": None}, files, config.limit,
-                                      subject["T"], importlib.metadata.version("lm_eval")]))
+                                      subject["T"], importlib.metadata.version("lm_eval"),
+                                      *([own] if (own := subject["turns"].identity) else [])]))
 
 
 def _chosen(engine, asked, tokens, ends, prompts, what):
@@ -115,7 +117,7 @@ def _chosen(engine, asked, tokens, ends, prompts, what):
 def _written(engine, asked, tokens, ends, prompts, what):
   """Prompts -> {"text", "ended"}; a plain prompt ends with a line break, a chat one with a turn."""
   if prompts == "chat":
-    ids, ends = [chat.prompt(engine.tokenizer, [dict(role="user", content=text)]) for text in asked], ()
+    ids, ends = [engine.turns.prompt([dict(role="user", content=text)]) for text in asked], ()
   else:
     bos = engine.tokenizer.special("<BOS_TOKEN>")
     ids = [[bos, *row] for row in engine.tokenizer.encode_many([f"{text}\n" for text in asked])]
