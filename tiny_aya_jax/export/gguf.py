@@ -68,7 +68,7 @@ def write(path, folder, kind, *, pre=None):
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for theirs, name in zip(huggingface.tensor_names(cfg), placed, strict=True):
-      writer.write_tensor_data(_encoded(gguf, tensors[theirs](), _type(name, kind), name))
+      writer.write_tensor_data(_encoded(gguf, tensors[theirs].read().astype(np.float32, copy=False), _type(name, kind), name))
     writer.fout[0].flush()
     os.fsync(writer.fout[0].fileno())
     writer.close()
