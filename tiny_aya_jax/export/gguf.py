@@ -45,9 +45,10 @@ def check(cfg, kind):
 
 
 def write(path, folder, kind, *, pre=None):
-  """Writes the Cohere2 folder as the GGUF file `path`: all of it, or nothing. Returns facts(path).
+  """Writes the Cohere2 folder as the GGUF file `path`: all of it, or nothing.
 
-  kind: of KINDS. pre: llama.cpp's name of a byte-level tokenizer's pre-tokenizer, where it is not
+  Returns facts(path) and "vocabulary": dict(model, pre, used, padding, joined, differs), as in
+  vocabulary.Vocabulary. kind: of KINDS. pre: llama.cpp's name of a byte-level tokenizer's pre-tokenizer, where it is not
   recognised. No more than one tensor is in memory. Refuses what `check` and vocabulary.read do, and
   weights that the kind cannot hold.
   """
@@ -77,7 +78,9 @@ def write(path, folder, kind, *, pre=None):
     writer.close()
     temporary.unlink(missing_ok=True)
     raise
-  return facts(path)
+  described = dict(model=vocabulary.model, pre=vocabulary.pre, used=vocabulary.used,
+                   padding=cfg.V - vocabulary.used, joined=vocabulary.joined, differs=vocabulary.differs)
+  return facts(path) | dict(vocabulary=described)
 
 
 def names(cfg):

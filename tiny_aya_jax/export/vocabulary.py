@@ -19,21 +19,26 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (normalizer, steps of the pre-tokenizer) -> llama.cpp's name, each compared with its source.
+# (normalizer, steps of the pre-tokenizer) -> llama.cpp's name, and where its ids differ nevertheless.
+# What it calls gpt-4o is o200k's expression without marks: Hindi, Bengali or Arabic with vowel signs
+# would get other ids. The last of its names for that expression has them.
+COMPOSED = "llama.cpp does not compose characters: text that is not in NFC gets other ids"
 KNOWN = {
-    (None, (("Split", DIGITS), ("Split", O200K), ("ByteLevel", False))): "tiny_aya",
-    (None, (("Split", O200K), ("ByteLevel", False))): "gpt-4o",
-    ("NFC", (("Digits", True), ("ByteLevel", True))): "command-r",
-    (None, (("Digits", True), ("ByteLevel", True))): "command-r",
-    (None, (("ByteLevel", True),)): "gpt-2",
+    (None, (("Split", DIGITS), ("Split", O200K), ("ByteLevel", False))): (
+        "tiny_aya", "llama.cpp groups digits beside letters, as in 2017\u5e74, from the right, the tokenizer from the left"),
+    (None, (("Split", O200K), ("ByteLevel", False))): ("granite-embed-multi-97m", ""),
+    ("NFC", (("Digits", True), ("ByteLevel", True))): ("command-r", COMPOSED),
+    (None, (("Digits", True), ("ByteLevel", True))): ("command-r", ""),
+    (None, (("ByteLevel", True),)): ("gpt-2", ""),
 }
 
 
 class Vocabulary(NamedTuple):
   """What a GGUF file says of its tokenizer; lists of V entries, merges of their own number.
 
-  model: "llama" (with scores) or "gpt2" (with merges).   specials: {name: id}.   used: ids that are
-  not padding.   joined: reserved tokens that llama.cpp makes of plain text which spells them.
+  model: "llama" (with scores) or "gpt2" (with merges).   specials: {name: id}.   used: ids,
+  padding excluded.   joined: reserved tokens that llama.cpp makes of plain text which spells them.
+  differs: where llama.cpp's ids are known to be others, in words, or "".
   """
 
   model: str
@@ -45,6 +50,7 @@ class Vocabulary(NamedTuple):
   specials: dict
   used: int
   joined: list
+  differs: str
 
 
 def read(path, V, pre=None):
@@ -69,12 +75,13 @@ def read(path, V, pre=None):
     _refuse_other_spaces(path, whole, ids)
     scores = _scores(path, ids, merges, V)
     joined = _joined(tokens, types)
-  name = "llama" if model.get("byte_fallback") else "gpt2"
+    named, merges = ("default", ""), []
+  else:
+    named = (pre, "the pre-tokenizer was named by hand") if pre else recognised(path, whole)
   return Vocabulary(
-      model=name, pre="default" if name == "llama" else pre or recognised(path, whole),
-      tokens=tokens, types=types, scores=scores,
-      merges=[] if name == "llama" else [" ".join(merge) for merge in merges],
-      specials=specials, used=len(ids), joined=joined,
+      model="llama" if model.get("byte_fallback") else "gpt2", pre=named[0], tokens=tokens, types=types,
+      scores=scores, merges=[" ".join(merge) for merge in merges], specials=specials, used=len(ids),
+      joined=joined, differs=named[1],
   )
 
 
@@ -164,7 +171,7 @@ def _joined(tokens, types):
 
 
 def recognised(path, whole):
-  """llama.cpp's name for what a byte-level tokenizer.json does before its merges."""
+  """(llama.cpp's name, where it differs) for what a byte-level tokenizer.json does before its merges."""
   normalizer = (whole.get("normalizer") or {}).get("type")
   steps = whole.get("pre_tokenizer") or {}
   found = tuple(_step(step) for step in steps.get("pretokenizers", [steps] if steps else []))

@@ -56,6 +56,14 @@ def nats(logits, targets):
   return total
 
 
+def threads(path):
+  """All cores, but one for a model that is smaller than what starting threads costs."""
+  files = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in os.listdir(path)]
+  if sum(map(os.path.getsize, files)) < 1 << 26:
+    return 1
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 # Each of the following is (model, request) -> (text -> ids, (ids, fresh) -> logits [T, V], versions).
 # `fresh` forgets what was predicted before; without it the ids go on from there.
 
@@ -65,6 +73,7 @@ def transformers(folder, asked):
   import torch
   import transformers as package
 
+  torch.set_num_threads(threads(folder))
   tokenizer, kept = None, {}
   if asked.get("texts"):
     tokenizer = package.AutoTokenizer.from_pretrained(folder)
@@ -137,7 +146,7 @@ def llama_cpp(path, asked):
 
   def predict(ids, fresh):
     if "context" not in kept:
-      kept["context"] = opened(api, model, longest(asked))
+      kept["context"] = opened(api, model, longest(asked), threads(path))
     context = kept["context"]
     if fresh:
       api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -165,14 +174,13 @@ def longest(asked):
              + [len(ids) + greedy["steps"] for ids in greedy["prompts"]])
 
 
-def opened(api, model, tokens):
+def opened(api, model, tokens, threads):
   """A context in which nothing is rounded: keys and values in fp32, no flash attention."""
   options = api.llama_context_default_params()
   options.n_ctx = options.n_batch = options.n_ubatch = tokens + 1
   options.n_seq_max, options.type_k, options.type_v = 1, api.GGML_TYPE_F32, api.GGML_TYPE_F32
   options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
   options.offload_kqv = options.op_offload = False
-  threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   options.n_threads = options.n_threads_batch = threads
   context = api.llama_init_from_model(model, options)
   if not context:
