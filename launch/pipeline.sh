@@ -102,7 +102,8 @@ else
     model=$out/global
   fi
 fi
-stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" report="$out/report"
+stage export export.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" report="$out/report" \
+  gguf.kinds="('Q8_0',)"
 stage talk talk.py:tiny "$out" checkpoint="$model" tokenizer="$tokenizer" prompt="$prompt"
 
 [ "$size" = small ] || printf '\nsweep         %s' "$out/sweep/sweep.html"

@@ -307,6 +307,10 @@ def test_a_run_begins_from_a_hugging_face_folder_of_the_same_ids(data, whole, tm
   (folder / "tokenizer.json").write_text(json.dumps(swapped))
   assert pretrain(data, tmp_path / "other", *more) == 65
   assert "has another tokenizer" in capsys.readouterr().err
+  os.truncate(folder / "model.safetensors", 1000)
+  assert pretrain(data, tmp_path / "other", *more) == 65
+  assert "is not a whole safetensors file" in capsys.readouterr().err
+  assert not (tmp_path / "other").exists()  # no lock, nothing: it was refused at the door
 
 
 def test_show_prints_what_a_fork_sees_next(data, whole, tmp_path, capsys):

@@ -13,12 +13,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def write(folder, params, adapter):
-  """Writes the adapters in params (our tree) as PEFT's files into a new folder, fp32.
+  """Writes the adapters in params (our tree) as PEFT's files, fp32.
 
   PEFT counts a product lora_alpha / r times, as we do. The folder holds no base.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True)
+  folder.mkdir(parents=True, exist_ok=True)
   modules = [huggingface.LAYER[name].split(".")[1] for name in adapters.factors(adapter)]
   run.write_json(folder / "adapter_config.json", dict(
       peft_type="LORA", task_type="CAUSAL_LM", r=adapter.R, lora_alpha=adapter.alpha, lora_dropout=0.0,
