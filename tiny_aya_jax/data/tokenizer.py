@@ -320,6 +320,9 @@ def _load_json(path):
     raise
   except BaseException as error:  # noqa: BLE001 (the package raises nothing narrower, or panics)
     raise run.Refused(f"tokenizer {path} is not a tokenizer.json ({' '.join(str(error).split())[:300]})") from None
+  if whole["model"].get("dropout"):
+    raise run.Refused(f"tokenizer {path} drops merges at random (model.dropout {whole['model']['dropout']}): one text "
+                      "would have many ids; set it to null")
   engine.encode_special_tokens = True  # the text of a special token stays text
   engine.no_truncation()
   engine.no_padding()
