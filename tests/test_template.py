@@ -71,11 +71,13 @@ def written(tmp_path_factory):
       vocab_size=330, special_tokens=list(tokenizers.SPECIALS), show_progress=False,
       initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet()))
 
-  def write(source, flags=None, **config):
+  def write(source, flags=None, longer=None, **config):
     folder = tmp_path_factory.mktemp("folder")
     whole = json.loads(engine.to_str())
     for token in whole["added_tokens"]:
       token.update((flags or {}).get(token["content"], {}))
+    if longer:
+      whole["added_tokens"].append(whole["added_tokens"][0] | dict(id=len(whole["model"]["vocab"]), content=longer))
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     more = dict(chat_template=source) if isinstance(source, list) else {}
     if isinstance(source, str):
@@ -107,6 +109,15 @@ def test_the_ids_are_those_of_transformers(written, shape):
         messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
+def test_of_two_special_tokens_that_begin_alike_the_longer_is_read(written):
+  folder = written("<PAD>><PAD><PAD{{ messages[0].content }}", longer="<PAD>>")
+  messages = [dict(role="user", content="x")]
+  assert load(folder).prompt(messages) == theirs(folder).apply_chat_template(messages, return_dict=False)
+  ours = load(folder)
+  ids = ours.prompt([dict(role="user", content="<PAD>><PAD>")])
+  assert ids[:2] == [ours.tokenizer.special("<PAD>>"), 0] and not {0, ids[0]} & set(ids[2:])
+
+
 def test_white_space_that_a_special_token_eats_is_eaten(written):
   folder = written(WHITE_SPACE, {"<EOS_TOKEN>": dict(lstrip=True, rstrip=True)})
   ids, plain = load(folder).prompt([ASK]), load(written(WHITE_SPACE)).prompt([ASK])
@@ -117,12 +128,12 @@ def test_white_space_that_a_special_token_eats_is_eaten(written):
 
 
 SPELLED = ("<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>x<BOS_TOKEN><EOS_TOKEN>", "a <EOS_TOKEN>",
-           "<|END_OF_TURN_TOKEN", "_TOKEN|>", "\U0010fffd\U000f0003 \U0010fffd", "<EOS_\n", "<<PAD>>", "\U0010fffe<PAD>")
+           "<|END_OF_TURN_TOKEN", "_TOKEN|>", "_TOKEN>", "\U0010fffd\U000f0003 \U0010fffd", "<EOS_\n", "<<PAD>>", "\U0010fffe<PAD>")
 
 
 @pytest.mark.parametrize("source", [
     chat.TEMPLATE, PREAMBLE, WHITE_SPACE,
-    "{% for m in messages %}{{ m.content }}{{ m.content.strip() }}{% endfor %}TOKEN>"])
+    "<EOS{% for m in messages %}{{ m.content }}{{ m.content.strip() }}{% endfor %}TOKEN>"])
 def test_a_message_that_spells_a_special_token_is_characters(written, source):
   """Also where two messages, or a message and the template, spell it together."""
   found = load(written(source))

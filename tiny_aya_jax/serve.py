@@ -1,4 +1,4 @@
-"""What `talk --config.port` does: a checkpoint as an OpenAI-compatible chat-completions endpoint.
+"""What `talk --config.port` does: a model as an OpenAI-compatible chat-completions endpoint.
 
 For synthesize, evaluate's judge and whoever speaks that protocol, on one machine. Not a server for
 many users: answers are made one at a time, in the order in which requests came; no key is asked
