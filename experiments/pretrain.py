@@ -82,6 +82,9 @@ def get_config(variant="full"):
   c.export_every = config_dict.placeholder(int)  # steps: also WORKDIR/huggingface/<step>, bfloat16
   c.init_from = config_dict.placeholder(str)  # a workdir, a checkpoint or a Hugging Face folder
   c.init_what = "params"  # or "state": fork moments, step and data counters
+  # The tokenizer that init_from was trained with, where config.tokenizer is another: the rows of its
+  # embedding are then remapped (train/remap.py)
+  c.init_tokenizer = config_dict.placeholder(str)
   c.stop_after = config_dict.placeholder(int)  # seconds of the process, then save and exit 75
   # Ours, but for 128 and 6 (OLMo's trainer, Levanter); train/guard.py, watchdog.py, saver.py.
   c.guard = ConfigDict(dict(

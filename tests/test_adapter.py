@@ -226,7 +226,7 @@ def test_what_was_learnt_is_the_base_of_another_run(data, whole):
   config = tiny(data, "sft.py:tiny_adapter", *ADAPTER)
   mesh = axes.mesh(**config.mesh.to_dict())
   with jax.set_mesh(mesh):
-    state = start.start(config, begin.Begin(saved.find(whole), False, 0, 0, {}, None, ""), mesh, None)
+    state = start.start(config, begin.Begin(saved.find(whole), False, 0, 0, {}, None, ""), mesh)
   fresh, again = adapters.split(state["params"])
   learnt, _ = checkpoint.restore_params(whole)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-7), again, learnt)

@@ -319,7 +319,7 @@ TENSORS = {
   ),
   "bias": (
     lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": t[EMBEDDING][0]}),
-    r"1 unknown.*q_proj.bias",
+    r"layers.1.self_attn.q_proj.bias is not zero",
   ),
   "misshapen": (
     lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1]}),
@@ -354,7 +354,17 @@ CONFIGS = {
   ),
   "seven layers": (dict(num_hidden_layers=7, layer_types=None), "7 layers"),
   "other pattern": (dict(layer_types=None, sliding_window_pattern=2), "8 layers of 2"),
-  "biases": (dict(attention_bias=True), "attention_bias is True"),
+  "code of its own": (dict(auto_map={"AutoModel": "model.Model"}), "auto_map is"),
+  "quantised": (dict(quantization_config=dict(bits=4)), "quantization_config is"),
+  "a width of True": (dict(hidden_size=True), "hidden_size is True"),
+  "a negative width": (dict(intermediate_size=-4), "intermediate_size is -4"),
+  "a billion layers": (dict(num_hidden_layers=10**9, layer_types=None), "num_hidden_layers is 1000000000"),
+  "an odd head": (dict(head_dim=9), "query heads of width 9"),
+  "heads that do not divide": (dict(num_key_value_heads=5), "on 5 key heads"),
+  "no scale": (dict(logit_scale=0), "logit_scale is 0"),
+  "a scale in words": (dict(logit_scale="1"), "logit_scale is '1'"),
+  "partial rotation": (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary"),
+  "rotation by kind of layer": (dict(rope_parameters=["default"]), "rope_parameters are"),
   "query norm": (dict(use_qk_norm=True), "use_qk_norm is True"),
   "untied": (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
   "gelu": (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
@@ -429,7 +439,7 @@ def test_parameters_of_another_config_are_refused_even_when_they_have_as_many_nu
   sizes = dict(D=8, F=6, V=13, L=1, window=3, rope_theta=1e4, logit_scale=1.0, norm_epsilon=1e-5)
   cfg = ml_collections.ConfigDict(dict(sizes, N=4, K=2, H=6))
   other = ml_collections.ConfigDict(dict(sizes, N=6, K=3, H=4))
-  with pytest.raises(run.Refused, match=r"q_DNH has shape \(8, 6, 4\)"):
+  with pytest.raises(run.Refused, match=r"q_DNH has shape \(1, 8, 6, 4\)"):
     huggingface.write(tmp_path / "out", random_params(other, 0), cfg, Tokens())
   assert not list(tmp_path.iterdir())
 

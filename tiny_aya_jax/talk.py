@@ -83,8 +83,9 @@ def _model(path):
   from tiny_aya_jax.train import checkpoint
 
   if folder.is_one(path):
-    params, cfg = huggingface.read(path)
-    return jax.device_put(params), cfg
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return huggingface.load(path, lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree))
   params, meta = checkpoint.restore_params(path)
   return params, ml_collections.ConfigDict(meta["model"])
 

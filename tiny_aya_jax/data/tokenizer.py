@@ -55,6 +55,7 @@ class Tokenizer:
   """What `load` returns; V is one more than the largest id.
 
   bytes_V: int32 [V], UTF-8 bytes of each token; 0 for specials and unused ids.
+  pieces: bytes of each id, none for specials and unused ids.
   sha256: of the file it was loaded from.   size: V.   specials: {name: id}.
   flags: {name: {"lstrip", "rstrip", "single_word"}} of specials that a tokenizer.json flags so, which
   is read where text is searched for special tokens (template.py).
@@ -68,7 +69,7 @@ class Tokenizer:
     self.flags = flags
     self.sha256 = run.sha256(path)
     self.bytes_V = np.array([len(piece) for piece in pieces], np.int32)
-    self._pieces = pieces
+    self.pieces = pieces
     self._names = {id: name for name, id in specials.items()}
     self._encode_many = encode_many
     self._json_text = json_text
@@ -86,7 +87,7 @@ class Tokenizer:
 
   def decode(self, ids):
     """ids -> str; specials are dropped, bytes that are no UTF-8 become U+FFFD."""
-    pieces = [self._pieces[self._check_id(id)] for id in ids]
+    pieces = [self.pieces[self._check_id(id)] for id in ids]
     return b"".join(pieces).decode("utf-8", errors="replace")
 
   def piece(self, id):
@@ -103,7 +104,7 @@ class Tokenizer:
 
   def same_ids(self, other):
     """Whether every id means the same bytes or the same special token in both."""
-    return self._pieces == other._pieces and self.specials == other.specials
+    return self.pieces == other.pieces and self.specials == other.specials
 
   def difference(self, other):
     """What differs first from another tokenizer, in words; '' where `same_ids` holds."""
@@ -112,7 +113,7 @@ class Tokenizer:
     for name in sorted(self.specials.keys() | other.specials.keys()):
       if self.specials.get(name) != other.specials.get(name):
         return f"{name} is id {self.specials.get(name)} and {other.specials.get(name)}"
-    for id, (mine, theirs) in enumerate(zip(self._pieces, other._pieces)):
+    for id, (mine, theirs) in enumerate(zip(self.pieces, other.pieces)):
       if mine != theirs:
         return f"id {id} is {mine!r} and {theirs!r}"
     return ""

@@ -52,14 +52,16 @@ class Likelihood(NamedTuple):
 def load(place, tokenizer, mesh, config, T):
   """place: a checkpoint folder or a Hugging Face folder. config: batch, dtype, attention."""
   dtype = jnp.dtype(config.dtype)
-  turns = template.turns(tokenizer, place if folder.is_one(place) else None)
-  if folder.is_one(place):
-    params, cfg = huggingface.read(place)
-    params = jax.tree.map(_put, params, axes.shardings(mesh, params))
+  theirs = folder.is_one(place)
+  turns = template.turns(tokenizer, place if theirs else None)
+  if theirs:
+    params, cfg = huggingface.load(place, lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, x, sharding: jax.ShapeDtypeStruct(x.shape, _held(path, dtype), sharding=sharding),
+        tree, axes.shardings(mesh, tree)))
   else:
     params, meta = checkpoint.restore_params(place, lambda tree: axes.shardings(mesh, tree))
     cfg = ml_collections.ConfigDict(meta["model"])
-  params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, dtype), params)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(x, _held(path, dtype)), params)
   model, score = _programs(decode.Frozen(cfg), dtype, config.attention)
   return Engine(params, cfg, tokenizer, mesh, model, score, config.batch, T, turns)
 
@@ -83,13 +85,14 @@ def refuse_unless_possible(cfg, mesh, config):
                       "fsdp")
 
 
-def _put(x, sharding):
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def _held(path, dtype):
+  """Norms are held in fp32, as they are used."""
+  return jnp.float32 if axes.letters_of(path) == "D" else dtype
 
 
-def _cast(path, x, dtype):
-  """Norms stay fp32, as they are used; a matrix of fp32 goes at once, so that one is held twice."""
-  if axes.letters_of(path) == "D" or x.dtype == dtype:
+def _cast(x, dtype):
+  """A matrix of another dtype goes at once, so that one is held twice."""
+  if x.dtype == dtype:
     return x
   cast = jax.jit(lambda x: x.astype(dtype), out_shardings=x.sharding)(x)
   x.delete()

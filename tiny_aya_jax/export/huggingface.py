@@ -1,28 +1,27 @@
-"""Cohere2 folders of Hugging Face transformers, in and out, without torch or transformers.
+"""Cohere2 folders of Hugging Face transformers, in and out, without torch, transformers or jax.
 
-A folder is config.json, generation_config.json, model*.safetensors (with an index when sharded)
-and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a torch Linear is
-[out, in], so every matrix is its letters flattened to two axes and transposed (tiny_aya.md 1.2).
-An adapter is a folder of PEFT: adapter_config.json and adapter_model.safetensors.
+A folder is config.json, generation_config.json, model*.safetensors (with an index when sharded; the
+files are tensors.py's) and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a
+torch Linear is [out, in], so every matrix is its letters flattened to two axes and transposed
+(tiny_aya.md 1.2). Adapters are peft.py's.
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
 
-import jax
 import ml_collections
-import ml_dtypes
 import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import chat
-from tiny_aya_jax.model import adapter as adapters
-from tiny_aya_jax.model.transformer import BLOCKS
+from tiny_aya_jax.export import tensors as files
 
+BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # transformer.BLOCKS, without its jax
 # Our name in a block: (HF name in a layer, letters the torch [out, in] matrix flattens).
 LAYER = dict(
     norm_D="input_layernorm",
@@ -34,74 +33,186 @@ LAYER = dict(
     up_DF="mlp.up_proj",
     down_FD="mlp.down_proj",
 )
-DTYPES = dict(bfloat16=ml_dtypes.bfloat16, float16=np.float16, float32=np.float32)
-STORED = dict(BF16=ml_dtypes.bfloat16, F16=np.float16, F32=np.float32, F64=np.float64)
-SHARD_BYTES = 4 << 30  # below the 5 GB at which transformers itself shards
+HEAD = "lm_head.weight"
+# The class that uses tokenizer.json as it is: CohereTokenizerFast rebuilds it wrongly in
+# transformers 5 (tiny_aya.md 2.4).
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+MOST_T = 8192  # of a folder that says more: what the released models were trained on (tiny_aya.md 1.1)
+# Everything a folder has besides weights and config.json.
+TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "special_tokens_map.json", "chat_template.jinja")
 
 
 def read(folder):
   """Reads a Cohere2 folder: (params, cfg), fp32 NumPy arrays in our tree and a model ConfigDict.
 
-  Refuses what this architecture is not: other model types or layer patterns, biases, query/key
-  norms, an untied head, and missing, extra or misshapen tensors, each by name.
+  Refuses what this architecture is not: other model types or layer patterns, query/key norms,
+  biases that are not zero, an untied head, and missing, extra or misshapen tensors, each by name.
   """
-  tensors, cfg = open_folder(folder)
-  leaves = {}
+  shapes, read_leaf, cfg = leaves(folder)
+  return tree((path, read_leaf(path)) for path in shapes), cfg
+
+
+def load(folder, placed):
+  """Reads a Cohere2 folder into jax arrays: (params, cfg).
+
+  placed: tree of fp32 jax.ShapeDtypeStruct -> the same with the dtypes and shardings that are wanted.
+  Each device reads its own parts of the files; beside what was asked for, no more than one leaf's
+  parts are in memory.
+  """
+  import jax
+
+  held, cfg = open_folder(folder)
+  shapes, groups = leaf_shapes(cfg), _groups(cfg)
+  wanted = placed(tree((path, jax.ShapeDtypeStruct(shape, np.float32)) for path, shape in shapes.items()))
+
+  def place(path):
+    like = _leaf(wanted, path)
+
+    @functools.cache  # copies of one part are read once
+    def part(index):
+      return _part(held, groups[path], shapes[path], path, like.dtype, index)
+
+    return jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: part(tuple((one.start, one.stop) for one in index)))
+
+  return tree((path, place(path)) for path in shapes), cfg
+
+
+def _part(held, group, shape, path, dtype, index):
+  """The part of a leaf that `index` is, [(start, stop), ...], in dtype."""
+  index = tuple(slice(*one) for one in index)
+  if group[0][1] is None:
+    return _mapped(held, group[0][0], shape, path)[index].astype(dtype)
+  chosen = group[index[0]]
+  part = np.empty((len(chosen), *(len(range(*one.indices(size)))
+                                  for one, size in zip(index[1:], shape[1:]))), dtype)
+  for place, (name, _) in zip(part, chosen):
+    place[...] = _mapped(held, name, shape[1:], path)[index[1:]]
+  return part
+
+
+def _mapped(held, name, shape, path):
+  return ours(held[name].mapped(), shape, path[-1])
+
+
+def leaves(folder):
+  """({path in our tree: shape}, path -> its leaf as an fp32 NumPy array, cfg); nothing is kept."""
+  held, cfg = open_folder(folder)
+  shapes, groups = leaf_shapes(cfg), _groups(cfg)
+
+  def read_leaf(path):
+    return _part(held, groups[path], shapes[path], path, np.float32, [(None, None)] * len(shapes[path]))
+
+  return shapes, read_leaf, cfg
+
+
+def _groups(cfg):
+  """{path in our tree: [(HF tensor name, period), ...] by period}."""
+  groups = {}
   for name, (path, period) in tensor_names(cfg).items():
-    shape = _shape(cfg, path[-1])
-    value = ours(tensors[name](), shape, path[-1])
-    if period is None:
-      leaves[path] = value
-    else:
-      stacked = leaves.setdefault(path, np.empty((cfg.L, *shape), np.float32))
-      stacked[period] = value
-  return _tree(leaves), cfg
+    groups.setdefault(path, []).append((name, period))
+  return groups
 
 
 def open_folder(folder):
-  """({HF tensor name: function that reads it, fp32 in torch's shape}, cfg); refuses what `read` does.
+  """({HF tensor name: tensors.Tensor}, cfg); refuses what `read` does, from the files' headers.
 
-  Nothing is read before it is asked for, or kept.
+  Only tensors that are not ours are looked into: a head that is stored again must be the embedding,
+  and biases must be zero; both are left out.
   """
   folder = pathlib.Path(folder)
-  cfg = config_in(run.read_json(folder / "config.json", "Hugging Face folder"), folder)
-  tensors = _open(folder)
-  if "lm_head.weight" in tensors:  # some writers store the tied head again
-    head, embedding = tensors.pop("lm_head.weight")(), tensors["model.embed_tokens.weight"]()
-    if not np.array_equal(head, embedding):
-      raise run.Refused(f"{folder}: lm_head.weight differs from the embedding; heads here are tied")
+  cfg, _ = describe(folder)
+  held = files.open_folder(folder)
   names = tensor_names(cfg)
-  missing, extra = sorted(names.keys() - tensors), sorted(tensors.keys() - names)
+  if HEAD in held and names.keys() <= held.keys():  # some writers store the tied head again
+    _same_head(folder, held.pop(HEAD), held["model.embed_tokens.weight"])
+  biases = [name for name in held.keys() - names if name.endswith(".bias")
+            and name.removesuffix("bias") + "weight" in names]
+  for name in sorted(biases):
+    if held.pop(name).read().any():
+      raise run.Refused(f"{folder}: {name} is not zero, and this architecture has no biases")
+  missing, extra = sorted(names.keys() - held), sorted(held.keys() - names)
   if missing or extra:
     raise run.Refused(
         f"{folder}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
     )
-
-  def read_one(name, path):
-    value, flat = tensors[name](), _flat(_shape(cfg, path[-1]), path[-1])
-    if value.shape != flat:
-      raise run.Refused(f"{folder}: {name} has shape {value.shape}, config.json says {flat}")
-    return value.astype(np.float32, copy=False)
-
-  return {name: functools.partial(read_one, name, path) for name, (path, _) in names.items()}, cfg
+  for name, shape in torch_shapes(cfg).items():
+    if held[name].shape != shape:
+      raise run.Refused(f"{folder}: {name} has shape {held[name].shape}, config.json says {shape}")
+  if biases:
+    run.say(f"{folder}: {len(biases)} biases are all zero and are left out")
+  return held, cfg
 
 
-def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=SHARD_BYTES):
+def _same_head(folder, head, embedding):
+  one, other = head.mapped(), embedding.mapped()
+  if one.shape != other.shape or not all(
+      np.array_equal(one[first : first + 4096], other[first : first + 4096])
+      for first in range(0, len(one), 4096)):
+    raise run.Refused(f"{folder}: {HEAD} differs from the embedding; heads here are tied")
+
+
+def describe(folder):
+  """(model ConfigDict, the most tokens it reads) of config.json."""
+  facts = run.read_json(pathlib.Path(folder) / "config.json", "Hugging Face folder")
+  most = facts.get("max_position_embeddings", MOST_T)
+  if type(most) is not int or most < 1:
+    raise run.Refused(f"{folder}/config.json: max_position_embeddings is {most!r}, expected a number of tokens")
+  return config_in(facts, folder), min(most, MOST_T)
+
+
+def is_folder(place):
+  """Whether a path is a Hugging Face folder, and no checkpoint of ours."""
+  return (pathlib.Path(place) / "config.json").exists()
+
+
+def digests(folder):
+  """SHA-256 of what a folder's model is made of: {file name: digest}."""
+  weights = {held.path for held in files.open_folder(folder).values()}
+  return {path.name: run.sha256(path)
+          for path in sorted({pathlib.Path(folder) / "config.json", *weights})}
+
+
+def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=files.SHARD_BYTES):
   """Writes params (our tree) and tokenizer as a Cohere2 folder; all of it, or nothing.
 
   dtype: 'bfloat16', 'float16' or 'float32'. The folder must not exist yet. Refuses a vocabulary
-  smaller than the tokenizer's.
+  larger than the embedding, and values that dtype cannot hold.
   """
   folder = pathlib.Path(folder)
-  run.choose("export dtype", dtype, DTYPES)
+  run.choose("export dtype", dtype, files.DTYPES)
   if folder.exists():
     raise run.Refused(f"{folder} exists: remove it, or export to another folder")
+  refuse_vocabulary(tokenizer, cfg)
+
+  for path, shape in leaf_shapes(cfg).items():
+    if (found := _leaf(params, path).shape) != shape:
+      raise run.Refused(f"{'/'.join(path)} has shape {found}, the model config says {shape}")
+  found = ((path, np.asarray(_leaf(params, path))) for path in leaf_shapes(cfg))
+  with staged(folder) as temporary:
+    write_leaves(temporary, found, cfg, dtype, shard_bytes)
+    write_texts(temporary, cfg, tokenizer, dtype)
+
+
+def refuse_vocabulary(tokenizer, cfg):
+  """Refuses a tokenizer with more ids than the embedding has rows."""
   if tokenizer.size > cfg.V:
     raise run.Refused(f"the tokenizer has {tokenizer.size} ids, the embedding only {cfg.V} rows")
-  tensors = ((name, _tensor(params, cfg, *place)) for name, place in tensor_names(cfg).items())
-  with staged(folder) as temporary:
-    write_tensors(temporary, tensors, cfg, dtype=dtype, shard_bytes=shard_bytes)
-    write_texts(temporary, cfg, tokenizer, dtype)
+
+
+def write_leaves(folder, found, cfg, dtype, shard_bytes=files.SHARD_BYTES):
+  """Writes the weights' files from (path in our tree, leaf), in any order, a leaf at a time."""
+  files.write(folder, torch_shapes(cfg), named(found, cfg), dtype=dtype, shard_bytes=shard_bytes)
+
+
+def named(found, cfg):
+  """(path in our tree, leaf) one after the other -> (HF tensor name, its value in torch's shape)."""
+  groups = _groups(cfg)
+  for path, leaf in found:
+    for name, period in groups[path]:
+      yield name, theirs(leaf if period is None else leaf[period], path[-1])
+    del leaf  # before the next is made
 
 
 @contextlib.contextmanager
@@ -129,47 +240,42 @@ def write_texts(folder, cfg, tokenizer, dtype):
       bos_token_id=tokenizer.special("<BOS_TOKEN>"), eos_token_id=stop_ids,
       pad_token_id=tokenizer.special("<PAD>"), do_sample=True, temperature=0.3, top_p=0.95,
   ))
-  (folder / "tokenizer.json").write_text(tokenizer.json(), encoding="utf-8")
-  # The class that uses tokenizer.json as it is: CohereTokenizerFast rebuilds it wrongly in
-  # transformers 5 (tiny_aya.md 2.4).
+  run.write_text(folder / "tokenizer.json", tokenizer.json())
   run.write_json(folder / "tokenizer_config.json", dict(
-      tokenizer_class="PreTrainedTokenizerFast", model_max_length=8192,
+      tokenizer_class=TOKENIZER_CLASS, model_max_length=MOST_T,
       clean_up_tokenization_spaces=False, **specials,
   ))
   run.write_json(folder / "special_tokens_map.json", specials)
-  (folder / "chat_template.jinja").write_text(chat.TEMPLATE, encoding="utf-8")
+  run.write_text(folder / "chat_template.jinja", chat.TEMPLATE)
 
 
-def write_adapter(folder, params, adapter):
-  """Writes the adapters in params (our tree) as PEFT's files into a new folder, fp32.
+def copy_texts(folder, source, dtype):
+  """All that a folder has besides its weights, as another has it; but see TOKENIZER_CLASS."""
+  source = pathlib.Path(source)
+  for name in TEXTS:
+    if (source / name).exists():
+      shutil.copyfile(source / name, folder / name)
+  facts = run.read_json(source / "config.json", "Hugging Face folder")
+  old = [name for name in ("torch_dtype", "dtype") if name in facts]  # of transformers 4, of 5
+  own = dict(attention_bias=False) if "attention_bias" in facts else {}  # biases were zero: left out
+  run.write_json(folder / "config.json", facts | dict.fromkeys(old or ["torch_dtype"], dtype) | own)
+  if not (folder / "tokenizer_config.json").exists():
+    return
+  facts = run.read_json(folder / "tokenizer_config.json", "Hugging Face folder")
+  kept = {name: value for name, value in facts.items() if name != "auto_map"}  # code of its own
+  if str(facts.get("tokenizer_class")).startswith("Cohere"):
+    kept["tokenizer_class"] = TOKENIZER_CLASS
+    run.say(f"tokenizer_class {facts['tokenizer_class']} is written as {TOKENIZER_CLASS}, which uses tokenizer.json "
+            "as it is")
+  if kept != facts:
+    run.write_json(folder / "tokenizer_config.json", kept)
 
-  PEFT counts a product lora_alpha / r times, as we do. The folder holds no base.
-  """
-  from safetensors.numpy import save_file
 
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True)
-  run.write_json(folder / "adapter_config.json", dict(
-      peft_type="LORA", task_type="CAUSAL_LM", r=adapter.R, lora_alpha=adapter.alpha, lora_dropout=0.0,
-      target_modules=sorted(LAYER[name].split(".")[1] for name in adapters.factors(adapter)),
-      bias="none", fan_in_fan_out=False, use_rslora=False, inference_mode=True,
-      base_model_name_or_path=None,
-  ))
-  save_file(adapter_tensors(params, adapter), folder / "adapter_model.safetensors",
-            metadata=dict(format="pt"))
-
-
-def adapter_tensors(params, adapter):
-  """{PEFT's name: fp32 array} of the adapters in params: lora_A [R, in] and lora_B [out, R]."""
-  trained, tensors = jax.device_get(adapters.split(params)[0]), {}
-  for name, (first, second) in adapters.factors(adapter).items():
-    for block, leaves in trained["periods"].items():
-      for period, (one, other) in enumerate(zip(leaves[first], leaves[second])):
-        layer = 4 * period + BLOCKS.index(block)
-        place = f"base_model.model.model.layers.{layer}.{LAYER[name]}"
-        tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(one.reshape(-1, adapter.R).T)
-        tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(other.reshape(adapter.R, -1).T)
-  return tensors
+ONLY = dict(  # what this architecture is, where config.json says anything of it
+    use_qk_norm=False, use_parallel_block=True, hidden_act="silu", use_embedding_sharing=True,
+    tie_word_embeddings=True, rotary_pct=1.0, rope_scaling=None, position_embedding_type="rope_gptj",
+    use_gated_activation=True, quantization_config=None, auto_map=None,
+)
 
 
 def config_in(config, folder):
@@ -177,40 +283,42 @@ def config_in(config, folder):
   def refuse(what):
     raise run.Refused(f"{folder}/config.json: {what}")
 
+  def number(field, default=None, most=2**31, kinds=(int,)):
+    given = config.get(field)
+    value = default if given is None else given
+    if type(value) not in kinds or not 0 < value <= most:  # a bool is no number here
+      refuse(f"{field} is {given!r}, expected a {'whole ' * (kinds == (int,))}number above 0")
+    return value
+
   if config.get("model_type") != "cohere2":
     refuse(f"model_type is {config.get('model_type')!r}, expected 'cohere2'")
-  for field in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-                "num_hidden_layers", "sliding_window"):
-    if not isinstance(config.get(field), int):
-      refuse(f"{field} is {config.get(field)!r}, expected a whole number")
-  layers, pattern = config["num_hidden_layers"], config.get("layer_types")
+  layers, pattern = number("num_hidden_layers", most=10_000), config.get("layer_types")
   if layers % 4 or (pattern and pattern != _layer_types(layers)) or (
       not pattern and config.get("sliding_window_pattern", 4) != 4):
-    refuse(f"{layers} layers of {pattern or config.get('sliding_window_pattern')}: expected "
+    refuse(f"{layers} layers of {str(pattern or config.get('sliding_window_pattern')):.80}: expected "
            "periods of 3 sliding_attention and 1 full_attention")
-  for field, only in dict(
-      attention_bias=False, use_qk_norm=False, use_parallel_block=True, hidden_act="silu",
-      use_embedding_sharing=True, tie_word_embeddings=True, rotary_pct=1.0, rope_scaling=None,
-      position_embedding_type="rope_gptj", use_gated_activation=True,
-  ).items():
+  for field, only in ONLY.items():
     if config.get(field, only) != only:
-      refuse(f"{field} is {config[field]!r}, this architecture has {only!r}")
+      refuse(f"{field} is {config[field]!r:.80}, this architecture has {only!r}")
   rope = config.get("rope_parameters") or {}
-  if rope.get("rope_type", "default") != "default":
-    refuse(f"rope_type is {rope['rope_type']!r}, expected 'default'")
-  heads = config["num_attention_heads"]
+  for field, only in dict(rope_type="default", partial_rotary_factor=1.0).items():
+    if not isinstance(rope, dict) or rope.get(field, only) != only:
+      refuse(f"rope_parameters are {str(rope):.80}, expected {field} {only!r}")
+  config = dict(rope_theta=10_000.0) | config | {name: rope[name] for name in ("rope_theta",) if name in rope}
+  heads, D = number("num_attention_heads"), number("hidden_size")
+  K, H = number("num_key_value_heads", heads), number("head_dim", D // heads or None)
+  if heads % K or H % 2:
+    refuse(f"{heads} query heads of width {H} on {K} key heads: expected a multiple, and an even width")
+  real = dict(most=1e12, kinds=(int, float))
   return ml_collections.ConfigDict(dict(
-      D=config["hidden_size"],
-      N=heads,
-      K=config.get("num_key_value_heads") or heads,
-      H=config.get("head_dim") or config["hidden_size"] // heads,
-      F=config["intermediate_size"],
-      V=config["vocab_size"],
+      D=D, N=heads, K=K, H=H,
+      F=number("intermediate_size"),
+      V=number("vocab_size"),
       L=layers // 4,
-      window=config["sliding_window"],
-      rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
-      logit_scale=float(config.get("logit_scale", 0.0625)),  # the class's default
-      norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
+      window=number("sliding_window"),
+      rope_theta=float(number("rope_theta", **real)),
+      logit_scale=float(number("logit_scale", 0.0625, **real)),  # the class's default
+      norm_epsilon=float(number("layer_norm_eps", 1e-5, **real)),
   ))
 
 
@@ -232,7 +340,7 @@ def config_out(cfg, tokenizer, dtype):
       layer_norm_eps=cfg.norm_epsilon,
       layer_types=_layer_types(4 * cfg.L),
       logit_scale=cfg.logit_scale,
-      max_position_embeddings=8192,  # the released models' (tiny_aya.md 1.1)
+      max_position_embeddings=MOST_T,
       num_attention_heads=cfg.N,
       num_hidden_layers=4 * cfg.L,
       num_key_value_heads=cfg.K,
@@ -266,6 +374,16 @@ def leaf_shapes(cfg):
           for path, period in tensor_names(cfg).values()}
 
 
+def torch_shapes(cfg):
+  """{HF tensor name: its shape there}, in the order of a checkpoint."""
+  return {name: _flat(_shape(cfg, path[-1]), path[-1]) for name, (path, _) in tensor_names(cfg).items()}
+
+
+def size(cfg, dtype):
+  """Bytes of a folder's weights."""
+  return np.dtype(files.DTYPES[dtype]).itemsize * sum(map(math.prod, torch_shapes(cfg).values()))
+
+
 def _shape(cfg, name):
   return tuple(getattr(cfg, letter) for letter in name.rpartition("_")[2])
 
@@ -275,7 +393,7 @@ def _flat(shape, name):
   if len(shape) == 1 or name == "embedding_VD":
     return shape
   inputs = 2 if name == "o_NHD" else 1
-  return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
+  return math.prod(shape[inputs:]), math.prod(shape[:inputs])
 
 
 def ours(value, shape, name):
@@ -289,124 +407,18 @@ def theirs(value, name):
   return value.reshape(flat[::-1]).T if len(flat) == 2 and name != "embedding_VD" else value
 
 
-def _tree(leaves):
-  tree = {}
-  for (*parents, name), value in leaves.items():
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = value
+def _leaf(tree, path):
+  for key in path:
+    tree = tree[key]
   return tree
 
 
-def _open(folder):
-  """{tensor name: function returning its array} over every shard; file names are plain basenames."""
-  try:
-    from safetensors import SafetensorError, safe_open
-  except ImportError:
-    raise run.Refused(f"{folder} needs the safetensors package: pip install 'tiny_aya_jax[export]'"
-                      ) from None
-
-  index = folder / "model.safetensors.index.json"
-  if index.exists():
-    where = run.read_json(index, "safetensors index").get("weight_map", {})
-    files = sorted(set(where.values()))
-  else:
-    files, where = ["model.safetensors"], None
-  tensors = {}
-  for name in files:
-    if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-      raise run.Refused(f"{index} names the file {name!r}: expected a plain *.safetensors name")
-    if not (folder / name).is_file():
-      raise run.Refused(f"{folder} has no {name}")
-    try:
-      with safe_open(folder / name, framework="numpy"):
-        pass
-    except SafetensorError as error:
-      raise run.Refused(f"{folder / name} is not a whole safetensors file ({error})") from None
-    tensors |= _stored(folder / name)
-  if where is not None and tensors.keys() != where.keys():
-    odd = sorted(tensors.keys() ^ where.keys())
-    raise run.Refused(f"{index} and its shards disagree about {len(odd)} tensors, e.g. {odd[0]}")
-  return tensors
-
-
-def _stored(path):
-  """{tensor name: function that reads it} of one file, not mapped: what was read can be freed."""
-  with open(path, "rb") as file:
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-  header.pop("__metadata__", None)
-  for name, entry in header.items():
-    if entry["dtype"] not in STORED:
-      raise run.Refused(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(STORED)}")
-
-  def read_one(dtype, shape, data_offsets):
-    begin, end = data_offsets
-    dtype = np.dtype(STORED[dtype])
-    count = (end - begin) // dtype.itemsize
-    return np.fromfile(path, dtype, count, offset=8 + size + begin).reshape(shape)
-
-  return {name: functools.partial(read_one, **entry) for name, entry in header.items()}
-
-
-def write_tensors(folder, tensors, cfg, *, dtype="float32", shard_bytes=SHARD_BYTES):
-  """Writes model.safetensors, or model-0000x-of-0000n.safetensors and their index.
-
-  tensors: all (HF tensor name, value in torch's shape), in any order; each goes to its place in its
-  file when it comes, so that no more than one need be in memory.
-  """
-  names = tensor_names(cfg)
-  item = np.dtype(DTYPES[dtype]).itemsize
-  sizes = {name: item * int(np.prod(_shape(cfg, path[-1]))) for name, (path, _) in names.items()}
-  shards = [[]]
-  for name in names:
-    if shards[-1] and sum(sizes[kept] for kept in shards[-1]) + sizes[name] > shard_bytes:
-      shards.append([])
-    shards[-1].append(name)
-  where, places = {}, {}
-  for number, shard in enumerate(shards, 1):
-    file = "model.safetensors" if len(shards) == 1 else (
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-    places |= _lay_out(folder / file, {name: sizes[name] for name in shard}, names, cfg, dtype)
-    where |= dict.fromkeys(shard, file)
-  for name, value in tensors:
-    path, offset = places.pop(name)
-    value = np.ascontiguousarray(value.astype(DTYPES[dtype], copy=False))
-    with open(path, "r+b") as file:
-      file.seek(offset)
-      file.write(value.reshape(-1).view(np.uint8))
-    del value  # before the next is made
-  if places:
-    raise ValueError(f"{len(places)} tensors were not given, e.g. {next(iter(places))}")
-  if len(shards) > 1:
-    run.write_json(folder / "model.safetensors.index.json", dict(
-        metadata=dict(total_size=sum(sizes.values())), weight_map=where))
-
-
-def _lay_out(path, sizes, names, cfg, dtype):
-  """Writes a safetensors file's header; {name: (path, where its bytes begin)}."""
-  stored = next(name for name, kept in STORED.items() if kept == DTYPES[dtype])
-  header, at = {"__metadata__": dict(format="pt")}, 0
-  for name, size in sizes.items():
-    leaf = names[name][0][-1]
-    shape = list(_flat(_shape(cfg, leaf), leaf))
-    header[name] = dict(dtype=stored, shape=shape, data_offsets=[at, at + size])
-    at += size
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  with open(path, "wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + at)
-  return {name: (path, 8 + len(text) + header[name]["data_offsets"][0]) for name in sizes}
-
-
-def _tensor(params, cfg, path, period):
-  leaf = params
-  for key in path:
-    leaf = leaf[key]
-  value = np.asarray(jax.device_get(leaf if period is None else leaf[period]), np.float32)
-  shape = _shape(cfg, path[-1])
-  if value.shape != shape:
-    raise run.Refused(f"{'/'.join(path)} has shape {value.shape}, the model config says {shape}")
-  return theirs(value, path[-1])
+def tree(found):
+  """(path, leaf) of every leaf -> the tree."""
+  whole = {}
+  for (*parents, name), leaf in found:
+    node = whole
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return whole

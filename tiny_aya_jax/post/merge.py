@@ -17,6 +17,7 @@ import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
+from tiny_aya_jax.export import huggingface, tensors as files
 from tiny_aya_jax.post import operators, search
 from tiny_aya_jax.train import begin, saved
 
@@ -31,9 +32,6 @@ READS = dict(  # of what `merge` takes
     dare_ties=("base", "weights", "density", "scale", "normalize", "seed"),
 )
 FOLDER = "huggingface"
-TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
-         "special_tokens_map.json", "chat_template.jinja")
-MOST_T = 8192  # of a Hugging Face folder that says more, as in evaluate
 
 
 def merge(models, operator, *, base=None, weights=(), t=0.5, density=1.0, scale=1.0,
@@ -226,8 +224,6 @@ def _shapes(tree, path=()):
 
 
 def _tree_source(name, tree):
-  from tiny_aya_jax.export import huggingface
-
   def read(path, period):
     leaf = tree
     for key in path:
@@ -239,8 +235,6 @@ def _tree_source(name, tree):
 
 def _stacked(shapes, tensors):
   """(path, period, tensor of torch's shape) -> (path, leaf of our shape), one leaf in memory."""
-  from tiny_aya_jax.export import huggingface
-
   for path, group in itertools.groupby(tensors, lambda found: found[0]):
     leaf = np.empty(shapes[path], np.float32)
     for _, period, tensor in group:
@@ -342,8 +336,6 @@ def _tree(one):
   """The parameters of an input, NumPy arrays in our tree."""
   import ml_collections
 
-  from tiny_aya_jax.export import huggingface
-
   shapes = huggingface.leaf_shapes(ml_collections.ConfigDict(one.model))
   source = _folder_source(one) if one.folder else _checkpoint_source(one, shapes)
   tensors = ((path, period, _read(source, path, period)) for path, period in _places(shapes))
@@ -357,14 +349,10 @@ def _sentence(recipe):
 
 def _input(field, place):
   place = pathlib.Path(run.existing(field, place)).absolute()
-  if (place / "config.json").exists():
-    from tiny_aya_jax.export import huggingface
-
-    facts = run.read_json(place / "config.json", "Hugging Face folder")
-    model = huggingface.config_in(facts, place).to_dict()
-    weights = [run.sha256(path) for path in sorted(place.glob("*.safetensors"))]
-    return Input(place, True, model, min(facts.get("max_position_embeddings", MOST_T), MOST_T),
-                 run.sha256(place / "tokenizer.json"), run.fingerprint([model, weights]))
+  if huggingface.is_folder(place):
+    model, T = huggingface.describe(place)
+    return Input(place, True, model.to_dict(), T, run.sha256(place / "tokenizer.json"),
+                 run.fingerprint(huggingface.digests(place)))
   path = saved.find(place)
   meta = saved.meta(path)
   return Input(path, False, meta["model"], meta["T"], meta["tokenizer_sha256"],
@@ -434,7 +422,7 @@ def _write_checkpoint(workdir, config, inputs, base, recipe, facts, texts):
   from tiny_aya_jax.train import checkpoint
 
   shapes, tensors = _opened(inputs, base, recipe)
-  _refuse_full(workdir, 4 * sum(math.prod(shape) for shape in shapes.values()))
+  files.refuse_full(workdir, 4 * sum(math.prod(shape) for shape in shapes.values()))
   meta = dict(model=inputs[0].model, T=min(one.T for one in inputs),
               tokenizer_sha256=facts["tokenizer_sha256"], merge=facts)
   checkpoint.write_params(workdir, 0, _stacked(shapes, tensors), meta)
@@ -445,20 +433,20 @@ def _write_checkpoint(workdir, config, inputs, base, recipe, facts, texts):
 def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
   import ml_collections
 
-  from tiny_aya_jax.export import huggingface
-
   cfg = ml_collections.ConfigDict(inputs[0].model)
   shapes, tensors = _opened(inputs, base, recipe)
-  item = np.dtype(huggingface.DTYPES[config.dtype]).itemsize
-  _refuse_full(workdir, item * sum(math.prod(shape) for shape in shapes.values()))
+  files.refuse_full(workdir, huggingface.size(cfg, config.dtype))
   folder, old = workdir / FOLDER, workdir / f".{FOLDER}.old"
   for stale in workdir.glob(f"*.{FOLDER}.*"):  # what a killed merge left
     shutil.rmtree(stale)
   names = {place: name for name, place in huggingface.tensor_names(cfg).items()}
   with huggingface.staged(workdir / f".{FOLDER}.new") as new:
     named = ((names[path, period], tensor) for path, period, tensor in tensors)
-    huggingface.write_tensors(new, named, cfg, dtype=config.dtype)
-    _write_texts(new, cfg, texts, config.dtype)
+    files.write(new, huggingface.torch_shapes(cfg), named, dtype=config.dtype)
+    if isinstance(texts, pathlib.Path):
+      huggingface.copy_texts(new, texts, config.dtype)
+    else:
+      huggingface.write_texts(new, cfg, texts, config.dtype)
     run.write_json(new / "merge.json", facts | dict(bytes=_sizes(new)))
   if folder.exists():
     folder.rename(old)
@@ -468,32 +456,9 @@ def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
   return folder
 
 
-def _write_texts(folder, cfg, texts, dtype):
-  from tiny_aya_jax.export import huggingface
-
-  if not isinstance(texts, pathlib.Path):
-    huggingface.write_texts(folder, cfg, texts, dtype)
-    return
-  for name in TEXTS:
-    if (texts / name).exists():
-      shutil.copyfile(texts / name, folder / name)
-  facts = run.read_json(texts / "config.json", "Hugging Face folder")
-  old = [name for name in ("torch_dtype", "dtype") if name in facts]  # of transformers 4, of 5
-  run.write_json(folder / "config.json", facts | dict.fromkeys(old or ["torch_dtype"], dtype))
-
-
-def _refuse_full(workdir, size):
-  workdir.mkdir(parents=True, exist_ok=True)
-  free = shutil.disk_usage(workdir).free
-  if free < size:
-    raise run.Refused(f"the merge is {size:,} bytes, {free:,} are free in {workdir}")
-
-
 def _opened(inputs, base, recipe):
   """(shapes of our leaves, the stream of merged tensors)."""
   import ml_collections
-
-  from tiny_aya_jax.export import huggingface
 
   shapes = huggingface.leaf_shapes(ml_collections.ConfigDict(inputs[0].model))
   sources = [_folder_source(one) if one.folder else _checkpoint_source(one, shapes) for one in
@@ -504,11 +469,13 @@ def _opened(inputs, base, recipe):
 
 
 def _folder_source(one):
-  from tiny_aya_jax.export import huggingface
-
   tensors, cfg = huggingface.open_folder(one.path)
   names = {place: name for name, place in huggingface.tensor_names(cfg).items()}
-  return Source(str(one.path), lambda path, period: tensors[names[path, period]]())
+
+  def read(path, period):
+    return tensors[names[path, period]].read().astype(np.float32, copy=False)
+
+  return Source(str(one.path), read)
 
 
 def _checkpoint_source(one, shapes):

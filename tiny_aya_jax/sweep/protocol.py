@@ -15,9 +15,9 @@ from tiny_aya_jax.sweep import space
 from tiny_aya_jax.train import begin, fields, saved
 
 # Where things lie, and what changes no result.
-_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "data.cut.sizes", "data.threads",
-            "data.prefetch", "log_every", "save_every", "keep", "stop_after", "profile", "show", "topology",
-            "price")
+_NEUTRAL = ("data.rows", "data.validation", "tokenizer", "init_from", "init_tokenizer", "data.cut.sizes",
+            "data.threads", "data.prefetch", "log_every", "save_every", "keep", "stop_after", "profile", "show",
+            "topology", "price")
 
 
 class Stage(NamedTuple):
@@ -172,6 +172,7 @@ def _key(before, read, data):
   text = {field: value for field, value in _leaves(read) if field not in _NEUTRAL}
   sizes = read.data.cut.sizes
   named = [sizes if sizes in fields.CUT_SIZES else run.sha256(sizes), None if before else _origin(read.init_from)]
+  named += [run.sha256(read.init_tokenizer)] if read.init_tokenizer else []
   manifests = [[[m["name"], m["sha256"]] for m in found]
                for found in (data["manifests"], data["validation"] if read.data.validation else [])]
   return run.fingerprint([before, text, named, manifests, data["tokenizer"] and data["tokenizer"].sha256])

@@ -28,8 +28,8 @@ STAGES = ("trunk", "cooldown")
 # What the protocol decides: where data lie and a stage begins, how long it is, who is measured and when.
 SET = dict.fromkeys(("seed", "data.seed"), "config.seeds") | dict.fromkeys(("steps", "epochs"), "config.tokens") | (
     dict.fromkeys(("data.cut.share", "data.cut.sizes"), "config.imitate")) | dict.fromkeys(
-        ("init_from", "init_what", "data.rows", "data.validation", "data.plan", "tokenizer", "evaluate_every",
-         "loss.kind", "stop_after", "show", "workdir"), "the sweep's own")
+        ("init_from", "init_what", "init_tokenizer", "data.rows", "data.validation", "data.plan", "tokenizer",
+         "evaluate_every", "loss.kind", "stop_after", "show", "workdir"), "the sweep's own")
 DISTRIBUTIONS = dict(uniform=2, log=2, whole=2, choice=1, factors=2)  # numbers that each needs
 
 

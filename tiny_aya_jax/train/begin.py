@@ -4,8 +4,9 @@ This workdir's newest checkpoint; else `init_from`; else scratch. A resume is th
 refused: another model, T or tokenizer always, another rate, mixture, batch or seed unless
 `accept_change`, which appends to the plan so that every source's counter goes on. A fork
 (`init_what` "state") takes parameters, moments, step and counters of a trunk; "params" takes
-parameters only, at step 0. Adapters (config.adapter) begin with "params", on merged ones, and go on as
-they were. start.py loads what is decided here.
+parameters only, at step 0, and with `init_tokenizer` those of another vocabulary (remap.py). Adapters
+(config.adapter) begin with "params", on merged ones, and go on as they were. start.py loads what is
+decided here.
 """
 
 import math
@@ -13,9 +14,9 @@ import pathlib
 from typing import NamedTuple
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import loader, mixture, rules
+from tiny_aya_jax.data import loader, mixture, rules, tokenizer as tokenizers
 from tiny_aya_jax.export import folder
-from tiny_aya_jax.train import fields, saved
+from tiny_aya_jax.train import fields, remap, saved
 
 
 class Begin(NamedTuple):
@@ -28,6 +29,8 @@ class Begin(NamedTuple):
   plan: dict
   origin: dict | None  # {"step", "params": digest} of what the run was begun from
   said: str
+  rows: remap.Rows | None = None  # how the embedding that `path` has becomes this run's
+  remapped: dict | None = None  # the counts of `rows`, and the old tokenizer; meta keeps it
 
 
 def decide(config, workdir, plan, tokenizer, step=None):
@@ -56,12 +59,46 @@ def decide(config, workdir, plan, tokenizer, step=None):
     path, origin = pathlib.Path(config.init_from), None
     if config.loss.kind != "next_token":  # else nobody asks, and the files are large
       origin = dict(step=0, params=folder.params(path))
+    model, named = _folder(path)
   else:
     path = saved.find(config.init_from)
     meta = saved.meta(path)
-    _same_model(path, meta, config, tokenizer)
-    origin = _origin(meta)
-  return Begin(path, False, 0, 0, plan, origin, f"parameters from {path}, step 0")
+    model, named, origin = meta["model"], meta["tokenizer_sha256"], _origin(meta)
+  begin = Begin(path, False, 0, 0, plan, origin, f"parameters from {path}, step 0")
+  if config.init_tokenizer:
+    return _remapped(config, begin, model, named, tokenizer)
+  if not _is_tokenizer(named, tokenizer):
+    raise run.Refused(f"{path} has another tokenizer than {config.tokenizer}: with its own in "
+                      "config.init_tokenizer the rows of its embedding are remapped")
+  same_fields(path, model, config.model.to_dict())
+  return begin
+
+
+def _folder(path):
+  """(model, tokenizer) of a Hugging Face folder, whose files are all there and whole."""
+  from tiny_aya_jax.export import huggingface
+
+  _, cfg = huggingface.open_folder(path)
+  return cfg.to_dict(), tokenizers.load(path / "tokenizer.json")
+
+
+def _is_tokenizer(named, tokenizer):
+  """named: the sha256 that a checkpoint has, or the Tokenizer of a folder."""
+  return named == tokenizer.sha256 if isinstance(named, str) else named.same_ids(tokenizer)
+
+
+def _remapped(config, begin, model, named, tokenizer):
+  old = tokenizers.load(config.init_tokenizer)
+  if not _is_tokenizer(named, old):
+    raise run.Refused(f"{begin.path} was not trained with config.init_tokenizer, {config.init_tokenizer}: "
+                      "give the one that it was")
+  if old.same_ids(tokenizer):
+    raise run.Refused(f"config.init_tokenizer, {config.init_tokenizer}, has the ids of config.tokenizer: there is "
+                      "nothing to remap; unset it")
+  same_fields(begin.path, model | dict(V=config.model.V), config.model.to_dict())
+  rows = remap.rows(old, tokenizer, model["V"], config.model.V)
+  return begin._replace(rows=rows, remapped=rows.counts | dict(tokenizer_sha256=old.sha256),
+                        said=f"{begin.said}; {remap.said(rows.counts)}")
 
 
 def _resume(config, path, plan, tokenizer):
@@ -102,7 +139,7 @@ def _resume(config, path, plan, tokenizer):
   said += [f"accepted change: {'; '.join(changes)}"] if changes else []
   return Begin(
       path, True, meta["step"], meta["start"], _with_paths(followed, plan), origin,
-      "\n".join(said),
+      "\n".join(said), remapped=meta.get("remapped"),
   )
 
 

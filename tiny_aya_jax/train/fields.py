@@ -66,6 +66,8 @@ def _fields(config):
   if config.init_what == "state" and not config.init_from:
     raise run.Refused("config.init_what is 'state' and config.init_from is not set: name the run "
                       "or checkpoint to fork from")
+  if config.init_tokenizer:
+    _init_tokenizer(config)
   warm, decay = config.schedule.warmup_steps, config.schedule.decay_steps
   if config.epochs is not None and not 0 < config.epochs < math.inf:
     raise run.Refused(f"config.epochs is {config.epochs}, expected more than 0")
@@ -100,6 +102,20 @@ def _cut(data):
     raise run.Refused(f"config.data.cut.share is {found.share}, expected more than 0 and at most 1")
   if found.sizes not in CUT_SIZES and not found.sizes.endswith(".json"):
     run.choose("config.data.cut.sizes (or a .json file)", found.sizes, CUT_SIZES)
+
+
+def _init_tokenizer(config):
+  given = f"config.init_tokenizer is {config.init_tokenizer}"
+  if not config.init_from:
+    raise run.Refused(f"{given} and config.init_from is not set: name the checkpoint or folder that it belongs to")
+  if config.init_what != "params":
+    raise run.Refused(f"{given} and config.init_what is {config.init_what!r}: moments and data counters are of the "
+                      "old vocabulary; set config.init_what to 'params'")
+  if config.adapter.rank is not None:
+    raise run.Refused(f"{given} and config.adapter.rank is {config.adapter.rank}: adapters leave the embedding as it "
+                      "is, and its new rows must be learnt; train all parameters first")
+  if config.init_tokenizer == config.tokenizer:
+    raise run.Refused(f"{given}, and so is config.tokenizer: there is nothing to remap; unset it")
 
 
 def _adapter(found):

@@ -108,8 +108,9 @@ def _references(config, path, manifests):
   with jax.set_mesh(mesh):
     proof.check_attention(ml_collections.ConfigDict(config.to_dict() | dict(model=cfg.to_dict())), mesh)
     if folder.is_one(path):
-      params, _ = huggingface.read(path)
-      params = jax.device_put(params, axes.shardings(mesh, params))
+      params, _ = huggingface.load(path, lambda tree: jax.tree.map(
+          lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+          tree, axes.shardings(mesh, tree)))
     else:
       params, _ = checkpoint.restore_params(path, lambda tree: axes.shardings(mesh, tree))
     batches = loader.every_row_once(manifests, config.batch, axes.process_part(mesh))

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from tiny_aya_jax import axes, processes, run
-from tiny_aya_jax.data import tokenizer as tokenizers
 from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import adapter
-from tiny_aya_jax.train import begin as begins, checkpoint, guard, optimizer, saved, step
+from tiny_aya_jax.train import begin as begins, checkpoint, guard, optimizer, remap, saved, step
 
 
 def newest(config, workdir, plan, mesh, tokenizer):
@@ -26,7 +25,7 @@ def newest(config, workdir, plan, mesh, tokenizer):
     raise OSError(f"{workdir}: not every process sees that there are no checkpoints")
   if not steps:
     begin = begins.decide(config, workdir, plan, tokenizer)
-    state = start(config, begin, mesh, tokenizer)
+    state = start(config, begin, mesh)
     _set_aside(workdir, [], begin.step)
     return begin, state
   tried = []
@@ -40,7 +39,7 @@ def newest(config, workdir, plan, mesh, tokenizer):
       error = str(damage)  # not the exception: its frames hold arrays, and an older state needs the room
     if processes.agreed(error is None):
       try:
-        state = start(config, begin, mesh, tokenizer)
+        state = start(config, begin, mesh)
       except saved.Damaged as damage:  # on all processes, or on none
         error = str(damage)
       else:
@@ -68,7 +67,7 @@ def _set_aside(workdir, tried, at):
   processes.agreed(True)  # nobody reads on before that
 
 
-def start(config, begin, mesh, tokenizer):
+def start(config, begin, mesh):
   """begin.Begin -> state {"step", "params", "optimizer", "guard"}, each leaf on its shards."""
   run.say(begin.said)
   scratch = step.scratch(config)
@@ -83,7 +82,9 @@ def start(config, begin, mesh, tokenizer):
                         guard=jax.device_put(kept, placed["guard"]))
   adapters, base = adapter.split(abstract["params"]) if config.adapter.rank else ({}, abstract["params"])
   if (begin.path / "config.json").exists():
-    params = _from_hugging_face(config, begin.path, base, tokenizer)
+    params = _from_hugging_face(begin, base)
+  elif begin.rows:
+    params = _remapped(begin, checkpoint.leaves(begin.path)[1], base)
   else:
     params = _from_checkpoint(begin.path, base, mesh)
   if adapters:
@@ -126,10 +127,23 @@ def _from_checkpoint(path, abstract, mesh):
   return jax.tree.map(cast, params, abstract)
 
 
-def _from_hugging_face(config, path, abstract, tokenizer):
-  params, cfg = huggingface.read(path)
-  begins.same_fields(path, cfg.to_dict(), config.model.to_dict())
-  if not tokenizers.load(path / "tokenizer.json").same_ids(tokenizer):
-    raise run.Refused(f"{path} has another tokenizer than {config.tokenizer}")
-  return jax.tree.map(
-      lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, abstract)
+def _remapped(begin, read, abstract):
+  """A leaf at a time through this machine's memory, where the embedding gets its new rows.
+
+  read: 'a/b' -> fp32 NumPy array.
+  """
+  def place(key, like):
+    name = "/".join(part.key for part in key)
+    leaf = read(name)
+    if name == "embedding_VD":
+      leaf = remap.embedding(begin.rows, leaf)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: leaf[index].astype(like.dtype))
+
+  return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _from_hugging_face(begin, abstract):
+  if begin.rows:
+    _, read_leaf, _ = huggingface.leaves(begin.path)
+    return _remapped(begin, lambda name: read_leaf(tuple(name.split("/"))), abstract)
+  return huggingface.load(begin.path, lambda _: abstract)[0]

@@ -48,7 +48,7 @@ def main(config, workdir, plan, validation, tokenizer):
       begin, state = _within_memory(config, start.newest, config, workdir, plan, mesh, tokenizer)
       restored()
     plan = begin.plan
-    _record(config, workdir, mesh, model, state, tokenizer)
+    _record(config, workdir, mesh, model, state, tokenizer, begin)
     rows = loader.Loader(plan, config.data.seed, config.data.batch, axes.process_part(mesh))
     rate = optimizer.schedule(config.schedule, config.steps, begin.start)
     if not saved.steps(workdir):
@@ -62,7 +62,7 @@ def main(config, workdir, plan, validation, tokenizer):
     meta = dict(
         model=config.model.to_dict(), T=config.data.T, tokenizer_sha256=tokenizer.sha256,
         start=begin.start, steps=config.steps, origin=begin.origin, run=begins.facts(config),
-        adapter=fields.adapter(config),
+        adapter=fields.adapter(config), remapped=begin.remapped,
     )
     spent.begin(int(state["step"]))
     try:
@@ -213,7 +213,7 @@ def _within_memory(config, call, *arguments):
     ) from error
 
 
-def _record(config, workdir, mesh, model, state, tokenizer):
+def _record(config, workdir, mesh, model, state, tokenizer, begin):
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
   embedding = state["params"]["embedding_VD"].size
   trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.split(state["params"])[0]))
@@ -227,7 +227,7 @@ def _record(config, workdir, mesh, model, state, tokenizer):
   if jax.process_index() == 0:
     record = run.provenance(config) | dict(
         parameters=parameters, devices=[str(mesh.devices.flat[0].device_kind), mesh.size],
-        tokenizer_sha256=tokenizer.sha256, from_step=int(state["step"]),
+        tokenizer_sha256=tokenizer.sha256, from_step=int(state["step"]), remapped=begin.remapped,
     )
     path = workdir / "run.json"  # the newest start first, the earlier ones kept
     earlier = run.read_json(path, "run record") if path.exists() else None

@@ -1,0 +1,179 @@
+"""The model card of an export: what the model is, what it was made of and from what, and its proof.
+
+Read from checkpoints, their run.json and the manifests of the rows they drew, as far as these are
+still where they were; what is not is said. Names of folders, never paths of this machine.
+"""
+
+import pathlib
+import re
+
+from tiny_aya_jax import languages, run
+from tiny_aya_jax.data import mixture
+from tiny_aya_jax.train import saved
+
+PAGE = "evaluation.html"  # in the folder, with config.report
+
+
+def lineage(place):
+  """The stages a checkpoint or folder was made in, itself first.
+
+  [{"name", "said", "revision" or None, "drawn": {(licence, language): tokens}}, ...]
+  """
+  found, waiting = {}, [pathlib.Path(place)]
+  while waiting:
+    path = waiting.pop(0)
+    if path in found:
+      continue
+    try:
+      found[path], parents = _stage(saved.find(path))
+    except run.Refused:  # moved, removed, or never one of ours
+      found[path], parents = dict(name=path.name, said="not looked into", revision=None, drawn={}), []
+    waiting += map(pathlib.Path, parents)
+  return list(found.values())
+
+
+def _stage(path):
+  """(what is known of a checkpoint, the paths it was made from)."""
+  meta, workdir = saved.meta(path), path.parents[1]
+  if "merge" in meta:
+    facts = meta["merge"]
+    parents = [one["path"] for one in (*facts["checkpoints"], facts["base"]) if one]
+    recipe = [f"{name} {facts[name]}" for name in ("t", "weights", "density", "scale") if name in facts]
+    said = ", ".join([f"merge, {facts['operator']}", *recipe,
+                      "of " + ", ".join(_name(pathlib.Path(parent)) for parent in parents)])
+    record = _record(workdir / "merge.json")
+    return dict(name=workdir.name, said=said, revision=record.get("git_revision"), drawn={}), parents
+  record, data = _record(workdir / "run.json"), saved.data(path)
+  origin = re.search(r"^init_from: (?!null)(\S.*)$", record.get("config", ""), re.MULTILINE)
+  parents = [origin.group(1).strip("'\"")] if origin else []
+  said = f"train, steps {meta['start']:,} to {meta['step']:,} of {data['batch']} rows of {meta['T']} tokens"
+  said += f", from {_name(pathlib.Path(parents[0]))}" if parents else ""
+  drawn = _drawn(data, meta["start"], meta["step"])
+  return dict(name=workdir.name, said=said, revision=record.get("git_revision"), drawn=drawn), parents
+
+
+def _name(path):
+  """A workdir's name, for a step of it too."""
+  return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+
+
+def _record(path):
+  try:
+    return run.read_json(path, "record")
+  except run.Refused:
+    return {}
+
+
+def _drawn(data, start, step):
+  """{(licence, language): tokens} that a run drew."""
+  before, after = (mixture.counts(data["plan"], at * data["batch"]) for at in (start, step))
+  drawn = {}
+  for source in data["plan"]["sources"]:
+    tokens = (after[source["name"]] - before.get(source["name"], 0)) * data["plan"]["T"]
+    if tokens:
+      manifest = _record(pathlib.Path(source["path"]) / "manifest.json")
+      licence = manifest.get("licence") or ("not stated" if manifest else "unknown: its rows are gone")
+      key = licence, source["language"]
+      drawn[key] = drawn.get(key, 0) + tokens
+  return drawn
+
+
+def card(config, cfg, stages, facts, parity, evaluated, quantised):
+  """The text of README.md. facts: {"T", "tokenizer_sha256", "adapter"}; parity: of proof.py."""
+  drawn = {}
+  for stage in stages:
+    for key, tokens in stage["drawn"].items():
+      drawn[key] = drawn.get(key, 0) + tokens
+  codes = {code for _, code in drawn}
+  spoken = [language.iso for language in languages.LANGUAGES if language.code in codes]
+  adapter = facts["adapter"] if config.form == "adapter" else None
+  parts = [
+      _front(adapter, spoken), f"# {config.name}\n", _what(config, cfg, facts, parity, adapter),
+      _adapter_use() if adapter else _use(quantised), _proof(parity, facts),
+      _quantised(quantised) if quantised else "", _evaluation(evaluated) if evaluated else "",
+      _stages(stages), _licences(drawn) if drawn else "",
+  ]
+  return "\n".join(part for part in parts if part)
+
+
+def _front(adapter, spoken):
+  listed = "".join(f"\n- {iso}" for iso in dict.fromkeys(spoken))
+  return f"""---
+library_name: {"peft" if adapter else "transformers"}
+pipeline_tag: text-generation
+license: other{f"{chr(10)}language:{listed}" if listed else ""}
+---"""
+
+
+def _what(config, cfg, facts, parity, adapter):
+  if adapter:
+    return f"""Adapters of rank {adapter["rank"]}, alpha {adapter["alpha"]}, for {", ".join(adapter["matrices"])}, made
+with tiny_aya_jax: {parity["tensors"]} tensors in float32. BASE is an export of the checkpoint that they were
+trained on.
+"""
+  return f"""A Cohere2-shaped multilingual model made with tiny_aya_jax: {4 * cfg.L} layers, width {cfg.D}, vocabulary
+{cfg.V:,}, context {facts["T"]}, window {cfg.window}. {parity["tensors"]} tensors in {config.dtype}.
+"""
+
+
+def _use(quantised):
+  text = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+```
+"""
+  return text + (f"\n`llama-cli -m {quantised['files'][-1]}` for llama.cpp.\n" if quantised else "")
+
+
+def _adapter_use():
+  return """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
+```
+"""
+
+
+def _proof(parity, facts):
+  readers = [f"- {name}: {_found(one)}" for name, one in parity.get("readers", {}).items()]
+  return "\n".join([
+      "## Proof", "",
+      "`parity.json` was made at export: every tensor in the files equals the trained one, rounded to their "
+      "dtype; logits against the trainer's own forward pass:", "", *readers, "",
+      f"Tokenizer {facts['tokenizer_sha256'][:16]}.", ""])
+
+
+def _found(one):
+  if isinstance(one, str):
+    return one
+  return f"differ by {one['largest_logit_difference']:.1e} at most, of logits up to {one['largest_logit']:.1f}"
+
+
+def _evaluation(evaluated):
+  """A mean is never without its spread and its worst language."""
+  rows = [f"| {task} | {measure} | {better} | {found['mean']:.3f} | {found['deviation']:.3f} | "
+          f"{found['languages']} | {next(iter(found['worst']))} {found['poorest']:.3f} |"
+          for task, measure, better, found in evaluated if found["languages"]]
+  return "\n".join(["## Evaluation", "", f"Every language is on [its page]({PAGE}).", "",
+                    "| task | measure | better | mean | deviation | languages | worst |",
+                    "|---|---|---|---|---|---|---|", *rows, ""])
+
+
+def _quantised(quantised):
+  return "\n".join(["## Quantised", "", *quantised["lines"], ""])
+
+
+def _stages(stages):
+  return "\n".join(["## How it was made", "", *(
+      f"- **{stage['name']}**: {stage['said']}"
+      + (f" (tiny_aya_jax {stage['revision'][:12]})" if stage["revision"] else "") for stage in stages), ""])
+
+
+def _licences(drawn):
+  """What was drawn to train it, by licence of the source."""
+  rows = []
+  for licence in sorted({licence for licence, _ in drawn}):
+    tokens = {code: count for (found, code), count in drawn.items() if found == licence}
+    rows.append(f"| {licence} | {len(tokens)} | {sum(tokens.values()):,} |")
+  return "\n".join(["## Data", "", "| licence of the sources | languages | tokens drawn |", "|---|---|---|",
+                    *rows, ""])

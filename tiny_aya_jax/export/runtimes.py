@@ -1,0 +1,92 @@
+"""Other runtimes, asked in a process of their own: transformers, llama.cpp (llama_cpp), MLX (mlx).
+
+Each may live in another environment: `find` gives the Python that has it, `ask` runs witness.py there.
+What is asked and answered is described in witness.py. Nothing here needs jax.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+from tiny_aya_jax import run
+
+PACKAGES = dict(transformers="transformers, torch", llama_cpp="llama_cpp", mlx="mlx.core, mlx_lm")
+# What llama.cpp makes and the gguf package cannot.
+QUANTIZED = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+WITNESS = pathlib.Path(__file__).with_name("witness.py")
+
+
+def find(name, python=None):
+  """The path of a Python that can import the runtime `name`; None where this one cannot.
+
+  python: of another environment; one that cannot is Refused with what it said.
+  """
+  run.choose("runtime", name, PACKAGES)
+  tried = _call([python or sys.executable, "-c", f"import numpy, {PACKAGES[name]}"], where=None)
+  if tried.returncode == 0:
+    return str(python or sys.executable)
+  if python is None:
+    return None
+  raise run.Refused(f"{python} cannot import {PACKAGES[name]}: {_last_line(tried)}")
+
+
+def ask(name, python, model, request):
+  """{key: array} that the runtime `name` of `python` answers about `model`; `versions` is a dict.
+
+  model: a Hugging Face folder, or for llama_cpp a GGUF file. Refuses what the runtime refuses.
+  """
+  run.choose("runtime", name, PACKAGES)
+  with tempfile.TemporaryDirectory(prefix="tiny_aya_") as folder:
+    asked, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "answer.npz")
+    asked.write_text(json.dumps(request), encoding="utf-8")
+    _run(python, folder, name, pathlib.Path(model).resolve(), asked, answer)
+    with np.load(answer) as found:
+      answers = {key: found[key] for key in found.files}
+  return answers | dict(versions=json.loads(str(answers["versions"])))
+
+
+def quantize(python, source, target, kind):
+  """Makes the GGUF file `target` of `source` (F32, F16 or BF16) by llama.cpp; all of it, or nothing.
+
+  Where a row is no multiple of 256, llama.cpp itself takes another type: gguf.facts tells.
+  """
+  run.choose("GGUF kind", kind, QUANTIZED)
+  source, target = pathlib.Path(source).resolve(), pathlib.Path(target).resolve()
+  temporary = target.with_name(f".{target.name}.tmp")
+  with tempfile.TemporaryDirectory(prefix="tiny_aya_") as folder:
+    try:
+      _run(python, folder, "quantize", source, temporary, kind)
+      with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+      os.replace(temporary, target)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+
+def _run(python, where, *arguments):
+  done = _call([python, WITNESS, *arguments], where)
+  if done.returncode:
+    raise run.Refused(f"{arguments[0]} of {python}: {_last_line(done)}")
+
+
+def _call(command, where):
+  """Runs a child to its end, without network; witness.py ends itself when this process is gone."""
+  quiet = dict(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+  try:
+    return subprocess.run(
+        [str(word) for word in command], cwd=where, env=os.environ | quiet, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace")
+  except OSError as error:
+    raise run.Refused(f"{command[0]} cannot be run: {error.strerror}") from None
+
+
+def _last_line(done):
+  """What a child said last, or how it ended."""
+  lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+  return lines[-1] if lines else f"it ended with {done.returncode} and said nothing"
