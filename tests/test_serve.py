@@ -54,7 +54,7 @@ def test_our_client_is_answered_and_told_what_it_cost(url, model, tmp_path):
   whole, part = asker.answers(requests)
   assert whole.text.startswith(part.text) and len(part.text) < len(whole.text)
   assert (part.completion_tokens, whole.completion_tokens) == (3, 8) and part.cut and whole.cut
-  assert part.prompt_tokens == len(serve.chat.prompt(model.tokenizer, HELLO))
+  assert part.prompt_tokens == len(model.turns.prompt(HELLO))
   assert ask(url + "/models")[1]["data"][0]["id"] == "random"
 
 
@@ -125,19 +125,20 @@ def test_talk_speaks_to_a_hugging_face_folder_by_its_template(model, data, tmp_p
   (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}<|CHATBOT_TOKEN|>")
   code, own = talk()
   assert code == 0 and "is spoken to by the folder's chat template" in own
-  assert own.split("\n", 1)[1].strip() == talk_answer(model, [2, *word, 8]).strip()
+  assert own.split("\n", 1)[1].strip() == talk_answer(
+      model, [2, *word, 8], template.turns(model.tokenizer, folder)).strip()
   assert talk(f"--config.tokenizer={data / 'tokenizer.model'}") == (0, own)
   (tmp_path / "tokenizer.model").write_bytes(vocab.train(["andere Wörter"] * 9, 290, 1.0))
   code, said = talk(f"--config.tokenizer={tmp_path / 'tokenizer.model'}")
   assert code == 65 and "is another (600 ids and 290): leave config.tokenizer unset" in said
 
 
-def talk_answer(model, ids):
+def talk_answer(model, ids, turns=None):
   from tiny_aya_jax.model import decode
 
   (answer,) = decode.generate(
       model.params, model.cfg, [ids], steps=8, stop_ids=model.turns.stop_ids, top_p=0.95,
-      banned_ids=serve.chat.unspoken(model.tokenizer, model.cfg.V, model.turns.stop_ids))
+      banned_ids=(model.turns if turns is None else turns).unspoken(model.tokenizer, model.cfg.V))
   return model.tokenizer.decode(answer)
 
 

@@ -277,6 +277,10 @@ def test_a_folder_is_spoken_to_by_its_template_or_by_our_turns_or_not_at_all(wri
   for found in (none, same):
     assert found.said == "the turns of data/chat.py" and found.identity is None
     assert found.prompt([ASK])[-3:] == [5, 8, 10] != own.prompt([ASK])[:3]
+  specials = set(tokenizers.SPECIALS.values())
+  tokenizer = tokenizers.load(written(None))
+  assert {*same.unspoken(tokenizer, 340)} == specials - {3, 6, 11} | {*range(tokenizer.size, 340)}
+  assert own.unspoken(tokenizer, 340) == [*range(tokenizer.size, 340)]  # a model may have to say some itself
   folder = written(None)
   text = (folder / "tokenizer.json").read_text()
   (folder / "tokenizer.json").write_text(text.replace("<|START_RESPONSE|>", "<|OTHER|>"))

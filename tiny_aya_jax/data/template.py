@@ -46,6 +46,11 @@ class Turns(NamedTuple):
   def said(self):
     return "the folder's chat template" if self.template else "the turns of data/chat.py"
 
+  def unspoken(self, tokenizer, V):
+    """The ids that no answer holds. A folder's own template may leave special tokens for the model to say:
+    an answer of Command R7B begins with START_RESPONSE. `decode` drops them."""
+    return [*range(tokenizer.size, V)] if self.template else chat.unspoken(tokenizer, V, self.stop_ids)
+
 
 def turns(tokenizer, folder=None):
   """Turns of a Hugging Face folder, or without one those of our own checkpoints."""
