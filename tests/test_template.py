@@ -128,7 +128,8 @@ def test_white_space_that_a_special_token_eats_is_eaten(written):
 
 
 SPELLED = ("<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>x<BOS_TOKEN><EOS_TOKEN>", "a <EOS_TOKEN>",
-           "<|END_OF_TURN_TOKEN", "_TOKEN|>", "_TOKEN>", "\U0010fffd\U000f0003 \U0010fffd", "<EOS_\n", "<<PAD>>", "\U0010fffe<PAD>")
+           "<|END_OF_TURN_TOKEN", "_TOKEN|>", "_TOKEN>",
+           "\U0010fffd\U000f0003 \U0010fffd", "<EOS_\n", "<<PAD>>", "\U0010fffe<PAD>")
 
 
 @pytest.mark.parametrize("source", [
@@ -209,13 +210,19 @@ def test_what_takes_too_long_is_ended_wherever_it_is(written, monkeypatch, sourc
 
 def test_a_message_that_ends_the_process_ends_no_other(written, monkeypatch):
   monkeypatch.setattr(template, "SECONDS", 0.2)
-  found = load(written("{% for m in messages if m.content == 'x' %}{% for a in range(99999) %}{% for b in range(99999) %}"
-                       "{% endfor %}{% endfor %}{% endfor %}{{ bos_token }}{{ messages[0].content }}"))
+  found = load(written(
+      "{% for m in messages if m.content == 'x' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+      "{% endfor %}{% endfor %}{% endfor %}{{ bos_token }}{{ messages[0].content }}"))
   first = found._child
   assert found.prompt([ASK])[0] == 2
   with pytest.raises(run.Refused, match="takes more than"):
     found.prompt([ASK | dict(content="x")])
   assert first.returncode is not None and found.prompt([ASK])[0] == 2 and found._child is not first
+  last = found._child
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(template.json, "dumps", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    found.prompt([ASK])
+  assert found.prompt([ASK])[0] == 2 and found._child is not last
   last = found._child
   del found
   assert last.returncode == 0  # none is left behind
@@ -254,7 +261,8 @@ def test_an_old_jinja_or_none_is_refused(written, monkeypatch):
 
 
 @pytest.mark.parametrize("given, ids", [
-    (dict(eos_token_id=[3, 20]), (3, 6, 11, 20)), (dict(eos_token_id=21), (3, 6, 11, 21)), (None, (3, 6, 11)), ({}, (3, 6, 11)),
+    (dict(eos_token_id=[3, 20]), (3, 6, 11, 20)), (dict(eos_token_id=21), (3, 6, 11, 21)),
+    (None, (3, 6, 11)), ({}, (3, 6, 11)),
     (dict(eos_token_id=330), "330"), (dict(eos_token_id=[True]), "True"), (dict(eos_token_id=["3"]), "3"),
     (dict(eos_token_id=-1), "-1"), (dict(eos_token_id={}), "{}")])
 def test_an_answer_ends_where_the_folder_and_the_turns_say(written, given, ids):
