@@ -25,6 +25,7 @@ def get_config(variant="full"):
   c.gguf = ConfigDict(dict(
       kinds=(),  # F32, F16, BF16, Q8_0, Q4_0; with llama.cpp also Q4_K_M and its like
       rows=config_dict.placeholder(str),  # packed validation rows: bits per byte of each kind
+      batch=32, chunk=512 if variant == "full" else 64,  # rows at a time, positions whose logits exist at a time
       pre=config_dict.placeholder(str),  # llama.cpp's name of a byte-level pre-tokenizer that is not recognised
   ))
   c.proof = ConfigDict(dict(

@@ -6,7 +6,6 @@ holds the model they make of their base; with config.form "adapter", the adapter
 Tensors are read and written one after the other.
 """
 
-import contextlib
 import os
 import pathlib
 import shutil
@@ -16,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import tokenizer as tokenizers
+from tiny_aya_jax.data import loader, tokenizer as tokenizers
 from tiny_aya_jax.export import card, gguf, huggingface, quality, runtimes, tensors as files
 from tiny_aya_jax.train import saved
 
@@ -152,6 +151,56 @@ def _merged(folder, source, config):
   else:
     huggingface.write_texts(folder, source.cfg, source.tokenizer, config.dtype)
   return proof.prove(folder, source.leaves(), source.cfg, config.dtype, source.tokenizer, config.proof)
+
+
+def _check_gguf(config, source):
+  """Manifests of config.gguf.rows; refuses kinds that cannot be made."""
+  kinds, asked = tuple(config.gguf.kinds), config.gguf
+  if not kinds:
+    if odd := [f"config.gguf.{name}" for name in ("rows", "pre") if asked[name]]:
+      raise run.Refused(f"{odd[0]} is set and config.gguf.kinds is not: name the kinds of GGUF files")
+    return []
+  if len(set(kinds)) < len(kinds):
+    raise run.Refused(f"config.gguf.kinds {kinds} has one twice")
+  for kind in kinds:
+    run.choose("config.gguf.kinds", kind, (*gguf.KINDS, *runtimes.QUANTIZED))
+    gguf.check(source.cfg, kind if kind in gguf.KINDS else "F32")
+    if kind in runtimes.QUANTIZED and not runtimes.find("llama_cpp", config.proof.llama_cpp):
+      raise run.Refused(f"{kind} is made by llama.cpp: set config.proof.llama_cpp to a Python with llama-cpp-python, "
+                        f"or choose among {', '.join(gguf.KINDS)}")
+  manifests = loader.read_manifests(run.existing("gguf.rows", asked.rows)) if asked.rows else []
+  if manifests and manifests[0]["tokenizer_sha256"] != source.tokenizer.sha256:
+    raise run.Refused(f"{asked.rows} was packed with tokenizer {manifests[0]['tokenizer_sha256'][:12]}, "
+                      f"{source.tokenizer.path} is {source.tokenizer.sha256[:12]}")
+  return manifests
+
+
+def _quantised(folder, source, config, manifests):
+  """Writes, proves and measures the GGUF files: {"files", "readers", "lines"}."""
+  from tiny_aya_jax.export import proof
+
+  paths = {kind: folder / f"{config.name}-{kind}.gguf" for kind in config.gguf.kinds}
+  whole = dict(bfloat16="BF16", float16="F16", float32="F32")[config.dtype]  # as the folder has them
+  base = paths.get(whole, folder.parent / f"{whole}.gguf")  # not in the folder if nobody asked for it
+  gguf.write(base, folder, whole, pre=config.gguf.pre)
+  python = runtimes.find("llama_cpp", config.proof.llama_cpp)
+  for kind, path in paths.items():
+    if kind in runtimes.QUANTIZED:
+      runtimes.quantize(python, base, path, kind)
+    elif path != base:
+      gguf.write(path, folder, kind, pre=config.gguf.pre)
+  readers = proof.prove_gguf(folder, whole, {whole: base} | paths, source.cfg, source.tokenizer, config.proof, python)
+  lines = [f"- {path.name}: {path.stat().st_size / 1e6:,.1f} MB" for path in paths.values()]
+  if manifests:
+    found = quality.bits_per_byte({whole: base} | paths, config.gguf.rows, source.tokenizer,
+                                  batch=config.gguf.batch, chunk=config.gguf.chunk)
+    record = quality.record(found, whole, {kind: gguf.facts(path) for kind, path in ({whole: base} | paths).items()})
+    run.write_json(folder / "quantisation.json", record)
+    lines = [quality.markdown(record), "", "Bits per byte of held-out text, each kind's weights under our own forward "
+             "pass; every language is in `quantisation.json`."]
+  if base not in paths.values():
+    base.unlink()
+  return dict(files=[path.name for path in paths.values()], readers=readers, lines=lines)
 
 
 def _adapter(folder, source, config):

@@ -86,7 +86,7 @@ def write(path, folder, kind, *, pre=None):
 def names(cfg):
   """{GGUF's name: (path in our tree, index of the period or None)}, in huggingface.tensor_names' order."""
   from tiny_aya_jax.export import huggingface
-  from tiny_aya_jax.model.transformer import BLOCKS
+  BLOCKS = huggingface.BLOCKS
 
   named = {}
   for path, period in huggingface.tensor_names(cfg).values():
@@ -142,6 +142,16 @@ def read(path):
       node = node.setdefault(parent, {})
     node[name] = leaf
   return params, cfg
+
+
+def decoded(path, cfg):
+  """(HF tensor name, fp32 in torch's shape) of a file that `write` made, one after the other."""
+  from tiny_aya_jax.export import huggingface
+
+  gguf = _package()
+  tensors = {tensor.name: tensor for tensor in _open(gguf, pathlib.Path(path)).tensors}
+  for theirs, name in zip(huggingface.tensor_names(cfg), names(cfg), strict=True):
+    yield theirs, _decoded(gguf, tensors[name])
 
 
 def _package():

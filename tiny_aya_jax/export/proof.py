@@ -15,7 +15,7 @@ import numpy as np
 
 from tiny_aya_jax import languages, run
 from tiny_aya_jax.data import chat, template, tokenizer as tokenizers, toy
-from tiny_aya_jax.export import huggingface, reader, runtimes, tensors as files
+from tiny_aya_jax.export import gguf, huggingface, reader, runtimes, tensors as files
 
 TOLERANCE = 1e-4  # of logits in fp32, times the largest of them if that is above 1
 TEXTS_A_LANGUAGE = 3
@@ -45,7 +45,7 @@ def prove(folder, leaves, cfg, dtype, tokenizer, asked):
   rows = rows + [prompt + ids for prompt, ids in zip(prompts, continued)]
   expected = ours(folder, cfg, rows)
   tails = [0] * (len(rows) - len(prompts)) + [steps] * len(prompts)
-  readers = dict(numpy=dict(version=np.__version__) | _same_logits(
+  readers = dict(numpy=dict(version=dict(numpy=np.__version__)) | _same_logits(
       "the NumPy reader", reader.forward(folder, rows), expected, tails))
   request = dict(tokens=rows, texts=texts)
   size = huggingface.size(cfg, "float32")
@@ -55,6 +55,47 @@ def prove(folder, leaves, cfg, dtype, tokenizer, asked):
   return found | dict(
       rows=[len(row) for row in rows], window=cfg.window, greedy_tokens=steps * len(prompts),
       largest_logit_difference=max(figures), readers=readers)
+
+
+def prove_gguf(folder, whole, paths, cfg, tokenizer, asked, python):
+  """Compares GGUF files {kind: path} with the folder they were made of; `whole` is the kind that rounds nothing.
+
+  Returns {kind: figures}; with llama.cpp (its `python`) also how far its predictions are from ours.
+  """
+  held, _ = huggingface.open_folder(folder)
+  for theirs, value in gguf.decoded(paths[whole], cfg):
+    if not np.array_equal(value, held[theirs].read().astype(np.float32)):
+      raise run.Refused(f"{paths[whole]}: {theirs} differs from the folder's after reading back")
+  if python is None:
+    return dict.fromkeys(paths, "read back; llama_cpp is not installed")
+  texts = [text for text in sample() if "\0" not in text]  # llama.cpp's interface ends a text there
+  rows, prompts = probes(cfg, tokenizer, asked)
+  rows += prompts
+  expected, found = ours(folder, cfg, rows), {}
+  for kind, path in paths.items():
+    answer = runtimes.ask("llama_cpp", python, path, dict(tokens=rows, texts=texts))
+    _same_ids(f"llama.cpp on {path.name}", [answer[f"ids_{at}"].tolist() for at in range(len(texts))], tokenizer, texts)
+    found[kind] = _apart(kind == "F32", path, [answer[f"logits_{at}"] for at in range(len(rows))], expected) | dict(
+        texts=len(texts), version=answer["versions"])
+  return found
+
+
+def _apart(exact, path, found, expected):
+  """How far llama.cpp's predictions are: what is multiplied with weights of 16 bits or fewer is rounded there."""
+  most = max(float(np.abs(one).max()) for one in expected)
+  largest = max(float(np.abs(theirs - mine).max()) for theirs, mine in zip(found, expected))
+  nats = float(np.mean(np.concatenate([_divergence(mine, theirs) for theirs, mine in zip(found, expected)])))
+  if not np.isfinite(nats) or exact and not largest <= 10 * TOLERANCE * max(1.0, most):
+    raise run.Refused(f"llama.cpp computes other logits from {path.name} than we do: they differ by {largest:.1e}, "
+                      f"{nats:.1e} nats")
+  return dict(largest_logit_difference=largest, largest_logit=most, divergence_nats=nats)
+
+
+def _divergence(mine, theirs):
+  """KL of each position, nats."""
+  mine, theirs = (one - np.log(np.exp(one - one.max(-1, keepdims=True)).sum(-1, keepdims=True))
+                  - one.max(-1, keepdims=True) for one in (mine.astype(np.float64), theirs.astype(np.float64)))
+  return (np.exp(mine) * (mine - theirs)).sum(-1)
 
 
 def sample():
@@ -196,4 +237,4 @@ def _witness(name, folder, asked, size, request, expected, tails, tokenizer):
   found = _same_logits(name, [answer[f"logits_{at}"] for at in range(len(expected))], expected, tails)
   texts = request["texts"]
   _same_ids(name, [answer[f"ids_{at}"].tolist() for at in range(len(texts))], tokenizer, texts)
-  return found | dict(version=str(answer["versions"]), texts=len(texts))
+  return found | dict(version=answer["versions"], texts=len(texts))

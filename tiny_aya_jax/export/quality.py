@@ -40,7 +40,9 @@ def bits_per_byte(models, rows, tokenizer, *, batch, chunk, mesh=None, attention
     if cfg.to_dict() != shared.to_dict():
       raise run.Refused(f"{path} is a model of {cfg.to_dict()}, the others of {shared.to_dict()}")
     params = jax.device_put(params, axes.shardings(mesh, params))
-    batches = loader.every_row_once(manifests, batch, axes.process_part(mesh))
+    total = -(-sum(manifest["rows"] for manifest in manifests) // batch)
+    batches = run.progress(loader.every_row_once(manifests, batch, axes.process_part(mesh)), f"bits per byte, {kind}",
+                           total=total)
     sums = bits.evaluate(score, params, batches, mesh, languages)
     found[kind] = {language: entry["bits_per_byte"] for language, entry in sums.items()}
     del params  # before the next is read
