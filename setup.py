@@ -8,7 +8,8 @@ EXTRAS = dict(
     # clean.py; what datatrove imports without asking for it, and what its URL filter needs, beside it.
     data=["datatrove==0.10.1", "regex", "pyyaml", "tldextract", "pyahocorasick", "fasteners",
           "py3langid", "pyarrow", "zstandard"],
-    export=["safetensors", "tokenizers", "gguf==0.19.0"],
+    # jinja2 renders chat templates of strangers, in a sandbox that holds from that version on.
+    export=["safetensors", "tokenizers", "gguf==0.19.0", "jinja2>=3.1.6"],
     # evaluate's tasks; lm-eval brings `datasets` for sets on the hub.
     eval=["lm-eval==0.4.13", "sacrebleu==2.6.0", "py3langid", "regex"],
     track=["tensorboardX"],

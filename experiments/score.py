@@ -18,7 +18,7 @@ def get_config(variant="full"):
   run.choose("variant", variant, ("full", "small", "tiny"))
   train = pretrain.get_config(variant)
   c = ConfigDict()
-  c.checkpoint = config_dict.placeholder(str)  # a workdir (its newest step) or a checkpoint
+  c.checkpoint = config_dict.placeholder(str)  # a workdir (its newest step), a checkpoint or a Hugging Face folder
   c.rows = config_dict.placeholder(str)  # DIR/<stage> of pack with pairs
   c.tokenizer = config_dict.placeholder(str)
   c.stage = "scored"  # folder under the workdir

@@ -116,6 +116,24 @@ def test_the_exported_folder_scores_as_the_checkpoint(whole):
       assert by_column["exported"][code] == pytest.approx(value, abs=1e-4)
 
 
+def test_a_folder_is_asked_by_its_own_template_and_again_when_that_changes(
+    whole, sets, tmp_path, capsys, monkeypatch):
+  folder, asked = shutil.copytree(whole / "exported", tmp_path / "own"), []
+  template = folder / "chat_template.jinja"
+  monkeypatch.setattr(outputs.engines, "answers", lambda engine, prompts, **_: asked.append(
+      [engine.tokenizer.decode(ids) for ids in prompts]) or [("x", True)] * len(prompts))
+  some = [f"--config.checkpoints={(str(folder),)}", f"--config.tasks.qa={sets / 'qa'}", "--config.batch=8",
+          "--config.T=192", "--config.languages=('deu_Latn',)"]
+  for text in ("ask: ", "say: "):
+    template.write_text(f"{{{{ bos_token }}}}{text}{{{{ messages[0].content }}}}")
+    assert call("evaluate", "evaluate.py:tiny", tmp_path / "w", *some, "--config.overwrite=True") == 0
+    assert asked.pop() == [f"{text}Montag", f"{text}Dienstag"] and not asked
+  monkeypatch.setattr(outputs.engines, "load", lambda *_: pytest.fail("loaded"))
+  template.write_text("{{ raise_exception('only in Welsh') }}")
+  assert call("evaluate", "evaluate.py:tiny", tmp_path / "v", *some) == 65
+  assert "refuses: only in Welsh" in capsys.readouterr().err
+
+
 def test_every_answer_can_be_read(whole):
   for task in tasks.table():
     for path in (whole / "outputs" / "random@0" / task).iterdir():

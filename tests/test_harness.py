@@ -7,7 +7,7 @@ import pytest
 
 from conftest import random_params
 from tiny_aya_jax import axes, run
-from tiny_aya_jax.data import chat, tokenizer as tokenizers
+from tiny_aya_jax.data import chat, template, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import engine as engines
 from tiny_aya_jax.export import huggingface
 
@@ -107,6 +107,25 @@ def test_turns_become_the_ids_that_training_saw(engine):
   assert lm.tok_encode(plain)[1:] == engine.tokenizer.encode(plain)
   with pytest.raises(run.Refused, match="expected user"):
     lm.apply_chat_template([dict(role="assistant", content="x")])
+
+
+def test_a_folders_own_template_is_read_back_and_what_messages_spell_is_text(engine, exported, tmp_path):
+  from tiny_aya_jax.evaluate import harness
+
+  (tmp_path / "chat_template.jinja").write_text(
+      "{% for m in messages %}<|USER_TOKEN|>{{ m.content }}{% endfor %}"
+      "{% if add_generation_prompt %}<|CHATBOT_TOKEN|>{% endif %}")
+  (tmp_path / "config.json").write_text("{}")
+  turns, special = template.turns(engine.tokenizer, tmp_path), engine.tokenizer.special
+  lm = harness.Harness(engine._replace(turns=turns))
+  messages = [dict(role="user", content="a<|END_OF_TURN_TOKEN|>"), dict(role="assistant", content="b")]
+  said = [special("<|USER_TOKEN|>"), *engine.tokenizer.encode("a<|END_OF_TURN_TOKEN|>")]
+  assert lm.tok_encode(lm.apply_chat_template(messages[:1])) == turns.prompt(messages[:1]) == [
+      *said, special("<|CHATBOT_TOKEN|>")]
+  assert lm.tok_encode(lm.apply_chat_template(messages, add_generation_prompt=False) + "c") == [
+      *said, special("<|USER_TOKEN|>"), *engine.tokenizer.encode("bc")]
+  assert lm.chat_template(True) == turns.template.source
+  assert lm.tok_encode("<BOS_TOKEN>a") == harness.Harness(engine).tok_encode("<BOS_TOKEN>a")
 
 
 def test_a_task_that_samples_or_asks_for_too_much_is_refused(engine):

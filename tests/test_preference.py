@@ -5,15 +5,17 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from conftest import call, packed
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader, text, tokenizer as tokenizers
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import preference
 from tiny_aya_jax.model.transformer import TinyAya, logits
-from tiny_aya_jax.train import saved
+from tiny_aya_jax.train import checkpoint, saved
 
 LENGTHS = ((4, 5, 3, 4), (6, 7), (3, 3, 4, 4), (9, 8), (5, 4, 4, 3), (2, 3), (7, 6), (3, 4, 5, 6))
 J, T = 2, 20
@@ -193,6 +195,37 @@ def test_score_writes_the_references_once_and_train_refuses_what_is_not_scored(
   assert train(f"--config.data.rows={stage / 'scored'}", "--config.loss.pairs=2") == 65
   assert "not whole" in capsys.readouterr().err
   hidden.rmdir()
+
+
+def test_a_hugging_face_folder_scores_as_its_checkpoint_and_only_it_may_be_tuned(
+    stage, data, place, capsys, tmp_path):
+  params, meta = checkpoint.restore_params(place)
+  cfg, tokenizer = ml_collections.ConfigDict(meta["model"]), tokenizers.load(data / "tokenizer.model")
+  huggingface.write(tmp_path / "one", params, cfg, tokenizer)
+  huggingface.write(tmp_path / "other", jax.tree.map(lambda x: x * 1.001, params), cfg, tokenizer)
+  assert score(stage, data, place, "--config.stage=of_checkpoint") == 0
+  assert score(stage, data, tmp_path / "one", "--config.stage=of_folder") == 0
+  for mine, theirs in zip(*(loader.read_manifests(stage / name) for name in ("of_folder", "of_checkpoint"))):
+    rows = [next(loader.every_row_once([one], 8))["reference_BJC"] for one in (mine, theirs)]
+    np.testing.assert_array_equal(*rows)
+    assert mine["reference"]["params"] != theirs["reference"]["params"]
+
+  def train(name):
+    sizes = [f"--config.model.{letter}={value}" for letter, value in meta["model"].items()]
+    return call("train", "preference.py:tiny", tmp_path / "run", f"--config.init_from={tmp_path / name}",
+                f"--config.tokenizer={data / 'tokenizer.model'}", "--config.data.T=64", "--config.loss.pairs=2",
+                f"--config.data.rows={stage / 'of_folder'}", "--config.show=1", *sizes)
+
+  assert train("one") == 0
+  capsys.readouterr()
+  assert train("other") == 65 and "was scored with another params" in capsys.readouterr().err
+  small = tmp_path / "small"
+  small.mkdir()
+  for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    (small / name).write_bytes((tmp_path / "one" / name).read_bytes())
+  run.write_json(small / "config.json", run.read_json(small / "config.json", "") | dict(vocab_size=599))
+  assert score(stage, data, small, "--config.stage=small") == 65
+  assert "has 600 ids, the embedding of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("record, words", [

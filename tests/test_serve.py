@@ -8,8 +8,10 @@ import urllib.request
 import ml_collections
 import pytest
 
+from conftest import call
 from tiny_aya_jax import client, run, serve
-from tiny_aya_jax.data import template, tokenizer as tokenizers
+from tiny_aya_jax.data import template, tokenizer as tokenizers, vocab
+from tiny_aya_jax.export import huggingface
 
 CONFIG = ml_collections.ConfigDict(
     dict(tokens=8, temperature=0.0, top_p=0.95, seed=0, dtype="float32"))
@@ -52,7 +54,7 @@ def test_our_client_is_answered_and_told_what_it_cost(url, model, tmp_path):
   whole, part = asker.answers(requests)
   assert whole.text.startswith(part.text) and len(part.text) < len(whole.text)
   assert (part.completion_tokens, whole.completion_tokens) == (3, 8) and part.cut and whole.cut
-  assert part.prompt_tokens == len(serve.chat.prompt(model.tokenizer, HELLO))
+  assert part.prompt_tokens == len(model.turns.prompt(HELLO))
   assert ask(url + "/models")[1]["data"][0]["id"] == "random"
 
 
@@ -106,6 +108,38 @@ def test_a_request_that_is_none_is_refused(url, path, body, status):
   with pytest.raises(urllib.error.HTTPError) as error:
     urllib.request.urlopen(urllib.request.Request(url + path, body), timeout=60)
   assert error.value.code == status and json.load(error.value)["error"]["message"]
+
+
+def test_talk_speaks_to_a_hugging_face_folder_by_its_template(model, data, tmp_path, capsys):
+  folder, word = tmp_path / "model", model.tokenizer.encode("Hallo")
+  huggingface.write(folder, model.params, model.cfg, model.tokenizer)
+
+  def talk(*more):
+    code = call("talk", "talk.py:tiny", tmp_path, f"--config.checkpoint={folder}", "--config.prompt=Hallo",
+                "--config.tokens=8", *more)
+    return code, "".join(capsys.readouterr())
+
+  code, ours = talk()
+  assert code == 0 and "is spoken to by the turns of data/chat.py" in ours
+  assert ours.split("\n", 1)[1].strip() == talk_answer(model, model.turns.prompt(HELLO)).strip()
+  (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}<|CHATBOT_TOKEN|>")
+  code, own = talk()
+  assert code == 0 and "is spoken to by the folder's chat template" in own
+  assert own.split("\n", 1)[1].strip() == talk_answer(
+      model, [2, *word, 8], template.turns(model.tokenizer, folder)).strip()
+  assert talk(f"--config.tokenizer={data / 'tokenizer.model'}") == (0, own)
+  (tmp_path / "tokenizer.model").write_bytes(vocab.train(["andere Wörter"] * 9, 290, 1.0))
+  code, said = talk(f"--config.tokenizer={tmp_path / 'tokenizer.model'}")
+  assert code == 65 and "is another (600 ids and 290): leave config.tokenizer unset" in said
+
+
+def talk_answer(model, ids, turns=None):
+  from tiny_aya_jax.model import decode
+
+  (answer,) = decode.generate(
+      model.params, model.cfg, [ids], steps=8, stop_ids=model.turns.stop_ids, top_p=0.95,
+      banned_ids=(model.turns if turns is None else turns).unspoken(model.tokenizer, model.cfg.V))
+  return model.tokenizer.decode(answer)
 
 
 def test_a_port_that_is_taken_or_none_is_refused(url, model):

@@ -71,11 +71,13 @@ def written(tmp_path_factory):
       vocab_size=330, special_tokens=list(tokenizers.SPECIALS), show_progress=False,
       initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet()))
 
-  def write(source, flags=None, **config):
+  def write(source, flags=None, longer=None, **config):
     folder = tmp_path_factory.mktemp("folder")
     whole = json.loads(engine.to_str())
     for token in whole["added_tokens"]:
       token.update((flags or {}).get(token["content"], {}))
+    if longer:
+      whole["added_tokens"].append(whole["added_tokens"][0] | dict(id=len(whole["model"]["vocab"]), content=longer))
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     more = dict(chat_template=source) if isinstance(source, list) else {}
     if isinstance(source, str):
@@ -107,6 +109,15 @@ def test_the_ids_are_those_of_transformers(written, shape):
         messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
+def test_of_two_special_tokens_that_begin_alike_the_longer_is_read(written):
+  folder = written("<PAD>><PAD><PAD{{ messages[0].content }}", longer="<PAD>>")
+  messages = [dict(role="user", content="x")]
+  assert load(folder).prompt(messages) == theirs(folder).apply_chat_template(messages, return_dict=False)
+  ours = load(folder)
+  ids = ours.prompt([dict(role="user", content="<PAD>><PAD>")])
+  assert ids[:2] == [ours.tokenizer.special("<PAD>>"), 0] and not {0, ids[0]} & set(ids[2:])
+
+
 def test_white_space_that_a_special_token_eats_is_eaten(written):
   folder = written(WHITE_SPACE, {"<EOS_TOKEN>": dict(lstrip=True, rstrip=True)})
   ids, plain = load(folder).prompt([ASK]), load(written(WHITE_SPACE)).prompt([ASK])
@@ -117,12 +128,13 @@ def test_white_space_that_a_special_token_eats_is_eaten(written):
 
 
 SPELLED = ("<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>x<BOS_TOKEN><EOS_TOKEN>", "a <EOS_TOKEN>",
-           "<|END_OF_TURN_TOKEN", "_TOKEN|>", "\U0010fffd\U000f0003 \U0010fffd", "<EOS_\n", "<<PAD>>", "\U0010fffe<PAD>")
+           "<|END_OF_TURN_TOKEN", "_TOKEN|>", "_TOKEN>",
+           "\U0010fffd\U000f0003 \U0010fffd", "<EOS_\n", "<<PAD>>", "\U0010fffe<PAD>")
 
 
 @pytest.mark.parametrize("source", [
     chat.TEMPLATE, PREAMBLE, WHITE_SPACE,
-    "{% for m in messages %}{{ m.content }}{{ m.content.strip() }}{% endfor %}TOKEN>"])
+    "<EOS{% for m in messages %}{{ m.content }}{{ m.content.strip() }}{% endfor %}TOKEN>"])
 def test_a_message_that_spells_a_special_token_is_characters(written, source):
   """Also where two messages, or a message and the template, spell it together."""
   found = load(written(source))
@@ -198,13 +210,19 @@ def test_what_takes_too_long_is_ended_wherever_it_is(written, monkeypatch, sourc
 
 def test_a_message_that_ends_the_process_ends_no_other(written, monkeypatch):
   monkeypatch.setattr(template, "SECONDS", 0.2)
-  found = load(written("{% for m in messages if m.content == 'x' %}{% for a in range(99999) %}{% for b in range(99999) %}"
-                       "{% endfor %}{% endfor %}{% endfor %}{{ bos_token }}{{ messages[0].content }}"))
+  found = load(written(
+      "{% for m in messages if m.content == 'x' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+      "{% endfor %}{% endfor %}{% endfor %}{{ bos_token }}{{ messages[0].content }}"))
   first = found._child
   assert found.prompt([ASK])[0] == 2
   with pytest.raises(run.Refused, match="takes more than"):
     found.prompt([ASK | dict(content="x")])
   assert first.returncode is not None and found.prompt([ASK])[0] == 2 and found._child is not first
+  last = found._child
+  with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    interrupted.setattr(template.json, "dumps", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    found.prompt([ASK])
+  assert found.prompt([ASK])[0] == 2 and found._child is not last
   last = found._child
   del found
   assert last.returncode == 0  # none is left behind
@@ -243,7 +261,8 @@ def test_an_old_jinja_or_none_is_refused(written, monkeypatch):
 
 
 @pytest.mark.parametrize("given, ids", [
-    (dict(eos_token_id=[3, 20]), (3, 6, 11, 20)), (dict(eos_token_id=21), (3, 6, 11, 21)), (None, (3, 6, 11)), ({}, (3, 6, 11)),
+    (dict(eos_token_id=[3, 20]), (3, 6, 11, 20)), (dict(eos_token_id=21), (3, 6, 11, 21)),
+    (None, (3, 6, 11)), ({}, (3, 6, 11)),
     (dict(eos_token_id=330), "330"), (dict(eos_token_id=[True]), "True"), (dict(eos_token_id=["3"]), "3"),
     (dict(eos_token_id=-1), "-1"), (dict(eos_token_id={}), "{}")])
 def test_an_answer_ends_where_the_folder_and_the_turns_say(written, given, ids):
@@ -266,6 +285,10 @@ def test_a_folder_is_spoken_to_by_its_template_or_by_our_turns_or_not_at_all(wri
   for found in (none, same):
     assert found.said == "the turns of data/chat.py" and found.identity is None
     assert found.prompt([ASK])[-3:] == [5, 8, 10] != own.prompt([ASK])[:3]
+  specials = set(tokenizers.SPECIALS.values())
+  tokenizer = tokenizers.load(written(None))
+  assert {*same.unspoken(tokenizer, 340)} == specials - {3, 6, 11} | {*range(tokenizer.size, 340)}
+  assert own.unspoken(tokenizer, 340) == [*range(tokenizer.size, 340)]  # a model may have to say some itself
   folder = written(None)
   text = (folder / "tokenizer.json").read_text()
   (folder / "tokenizer.json").write_text(text.replace("<|START_RESPONSE|>", "<|OTHER|>"))

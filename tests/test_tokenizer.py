@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import itertools
@@ -289,6 +290,80 @@ def test_a_released_byte_level_file_is_read_exactly(released):
   assert engine.json() == released.read_text(encoding="utf-8")
   assert engine.special("<|START_RESPONSE|>") == engine.size - 3
   assert engine.bytes_V[-3:].tolist() == [0, 0, len("==дада==".encode())]
+
+
+DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"  # tiny_aya.md 2.1
+WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+
+
+def sequence(*steps):
+  return dict(type="Sequence", pretokenizers=list(steps))
+
+
+def split(pattern):
+  return dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
+
+
+@pytest.mark.parametrize("cut, back", [
+    (dict(normalizer=dict(type="NFC"), pre_tokenizer=sequence(  # Command R's
+        dict(type="Digits", individual_digits=True), BYTES | dict(use_regex=True))), "é 1234567"),
+    (dict(pre_tokenizer=sequence(split(DIGITS), split(WORDS), BYTES)), "e\u0301 1234567"),
+    (dict(pre_tokenizer=functools.reduce(lambda inner, _: sequence(inner), range(10), BYTES)), "e\u0301 1234567"),
+    (dict(decoder=dict(type="Sequence", decoders=[dict(type="Sequence", decoders=[BYTES])])), "e\u0301 1234567"),
+], ids=["command_r", "tiny_aya", "nested", "nested_decoder"])
+def test_foreign_byte_level_files_give_the_packages_ids_and_the_bytes_of_what_comes_back(released, cut, back):
+  import tokenizers
+
+  whole = json.loads(released.read_text(encoding="utf-8")) | cut
+  released.write_text(json.dumps(whole | dict(truncation=None)), encoding="utf-8")
+  engine, theirs = tokenizer.load(released), tokenizers.Tokenizer.from_file(str(released))
+  for text in (*NASTY.values(), "e\u0301 1234567"):
+    if "<" not in text:
+      assert engine.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+  ids = engine.encode("e\u0301 1234567")
+  assert engine.decode(ids) == back and engine.bytes_V[ids].sum() == len(back.encode())
+
+
+def changed(whole, **token):
+  whole["added_tokens"].append(whole["added_tokens"][0] | dict(id=len(whole["model"]["vocab"]) + 3, content="zz") | token)
+
+
+def unnamed(whole):
+  """The model of a file without the tokens behind its vocabulary, which one more piece would move."""
+  del whole["added_tokens"][10:]
+  return whole["model"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda whole: changed(whole, id=10**12), "is not a tokenizer.json|has id 1000000000000"),
+    (lambda whole: changed(whole, id=4 * 10**9), "has id 4000000000, but is numbered"),
+    (lambda whole: changed(whole, id=-1), "is not a tokenizer.json"),
+    (lambda whole: changed(whole, id=True), "expected an id and content"),
+    (lambda whole: changed(whole, content=""), "expected an id and content"),
+    (lambda whole: changed(whole, id=50), "has id 50, but is numbered"),
+    (lambda whole: changed(whole, content="<PAD>"), "but is numbered 0"),
+    (lambda whole: whole["model"]["vocab"].update(qq=10**12), "is not a tokenizer.json"),
+    (lambda whole: whole["model"]["vocab"].update(qq=-1), "is not a tokenizer.json"),
+    (lambda whole: unnamed(whole)["vocab"].update(qq=50), "are both id 50"),
+    (lambda whole: unnamed(whole)["vocab"].update(qq=4 * 10**9), "has id 4000000000, expected 0 to 4194303"),
+    (lambda whole: whole["model"].update(ignore_merges=True) or whole.update(pre_tokenizer=BYTES),
+     "makes a special token of the text '<PAD>'"),
+    (lambda whole: whole["model"].update(dropout=0.1), "drops merges at random"),
+    (lambda whole: whole.update(pre_tokenizer=BYTES | dict(add_prefix_space=True)), "turns 'a' into ' a'"),
+    (lambda whole: whole.update(decoder=None), r"decodes by \[\]"),
+    (lambda whole: whole.update(added_tokens=5), "the added token 5"),
+    (lambda whole: whole.update(normalizer=dict(type="Precompiled", precompiled_charsmap="AAAA")),
+     "is not a tokenizer.json"),
+])
+def test_a_tokenizer_json_that_would_fool_us_is_refused_and_nothing_large_is_made(released, change, message):
+  whole = json.loads(released.read_text(encoding="utf-8"))
+  change(whole)
+  released.write_text(json.dumps(whole), encoding="utf-8")
+  with pytest.raises(run.Refused, match=message):
+    tokenizer.load(released)
 
 
 def test_a_tokenizer_json_whose_bytes_are_unknown_is_refused(released):

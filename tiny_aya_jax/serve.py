@@ -1,4 +1,4 @@
-"""What `talk --config.port` does: a checkpoint as an OpenAI-compatible chat-completions endpoint.
+"""What `talk --config.port` does: a model as an OpenAI-compatible chat-completions endpoint.
 
 For synthesize, evaluate's judge and whoever speaks that protocol, on one machine. Not a server for
 many users: answers are made one at a time, in the order in which requests came; no key is asked
@@ -16,7 +16,7 @@ import time
 from typing import NamedTuple
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import chat, template
+from tiny_aya_jax.data import template
 
 LARGEST = 1 << 24  # bytes of a request
 IDLE_SECONDS = 60  # after which a connection that says nothing is closed
@@ -158,7 +158,7 @@ def completion(model, request):
       model.params, model.cfg, [ids], ended, steps=model.config.tokens,
       stop_ids=model.turns.stop_ids, temperature=wanted["temperature"], top_p=wanted["top_p"],
       seed=wanted["seed"], dtype=jnp.dtype(model.config.dtype),
-      banned_ids=chat.unspoken(tokenizer, model.cfg.V, model.turns.stop_ids))
+      banned_ids=model.turns.unspoken(tokenizer, model.cfg.V))
   answer = answer[:tokens]
   said, stopped = _cut(tokenizer.decode(answer), wanted["stop"])
   reason = "length" if len(answer) == tokens and not stopped else "stop"

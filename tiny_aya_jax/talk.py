@@ -7,7 +7,7 @@ import pathlib
 import ml_collections
 
 from tiny_aya_jax import run, serve
-from tiny_aya_jax.data import chat, template, tokenizer as tokenizers
+from tiny_aya_jax.data import template, tokenizer as tokenizers
 from tiny_aya_jax.export import folder
 from tiny_aya_jax.train import saved
 
@@ -83,8 +83,9 @@ def _model(path):
   from tiny_aya_jax.train import checkpoint
 
   if folder.is_one(path):
-    params, cfg = huggingface.read(path)
-    return jax.device_put(params), cfg
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return huggingface.load(path, lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree))
   params, meta = checkpoint.restore_params(path)
   return params, ml_collections.ConfigDict(meta["model"])
 
@@ -99,6 +100,6 @@ def answer(model, messages):
   (reply,) = decode.generate(
       model.params, model.cfg, [turns.prompt(messages)], steps=config.tokens, stop_ids=turns.stop_ids,
       temperature=config.temperature, top_p=config.top_p, seed=config.seed,
-      dtype=jnp.dtype(config.dtype), banned_ids=chat.unspoken(model.tokenizer, model.cfg.V, turns.stop_ids),
+      dtype=jnp.dtype(config.dtype), banned_ids=turns.unspoken(model.tokenizer, model.cfg.V),
   )
   return model.tokenizer.decode(reply)

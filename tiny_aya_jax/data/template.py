@@ -46,6 +46,11 @@ class Turns(NamedTuple):
   def said(self):
     return "the folder's chat template" if self.template else "the turns of data/chat.py"
 
+  def unspoken(self, tokenizer, V):
+    """The ids that no answer holds. A folder's own template may leave special tokens for the model to say:
+    an answer of Command R7B begins with START_RESPONSE. `decode` drops them."""
+    return [*range(tokenizer.size, V)] if self.template else chat.unspoken(tokenizer, V, self.stop_ids)
+
 
 def turns(tokenizer, folder=None):
   """Turns of a Hugging Face folder, or without one those of our own checkpoints."""
@@ -79,7 +84,8 @@ def stop_ids(folder, tokenizer):
     given = run.read_json(path, "Hugging Face folder").get("eos_token_id")
   ids = given if isinstance(given, list) else [] if given is None else [given]
   if odd := [id for id in ids if type(id) is not int or not 0 <= id < tokenizer.size]:
-    raise run.Refused(f"{path}: eos_token_id has {str(odd[0])[:60]}, expected ids from 0 to {tokenizer.size - 1}")
+    raise run.Refused(f"{path}: eos_token_id has {str(odd[0])[:60]}, expected ids from 0 to "
+                      f"{tokenizer.size - 1}")
   return tuple(sorted({*ids, *chat.stop_ids(tokenizer)}))
 
 
@@ -97,8 +103,8 @@ def source(folder):
   if isinstance(found, list):
     named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
     if "default" not in named:
-      raise run.Refused(f"{folder}/tokenizer_config.json has chat templates {sorted(map(str, named))}, none of them "
-                        "'default': put the one to use into chat_template.jinja")
+      raise run.Refused(f"{folder}/tokenizer_config.json has chat templates {sorted(map(str, named))}, none of "
+                        "them 'default': put the one to use into chat_template.jinja")
     found = named["default"]
   if found is not None and not isinstance(found, str):
     raise run.Refused(f"{folder}/tokenizer_config.json: chat_template is a {type(found).__name__}, expected "
@@ -155,6 +161,7 @@ class Template:
     self._hidden = [MARK, *names, *sorted({letter for name in names for letter in (*name[:-1], *name[1:])})]
     self._code = {text: MARK + chr(0xF0000 + number) for number, text in enumerate(self._hidden)}
     self._whole = re.compile("|".join(map(re.escape, [MARK, *names])))
+    self._longest = max(map(len, names), default=0)
     self._heads = {name[:end] for name in names for end in range(1, len(name))}
     self._tails = {name[start:] for name in names for start in range(1, len(name))}
     self._turn = threading.Lock()
@@ -180,7 +187,8 @@ class Template:
     shown[-1]["content"] += end
     text, found, _ = self._rendered(messages=shown, add_generation_prompt=False).rpartition(end)
     if not found:
-      raise run.Refused(f"the chat template of {self.folder} does not show the answer that is to be gone on with")
+      raise run.Refused(f"the chat template of {self.folder} does not show the answer that is to be gone on "
+                        "with")
     return text
 
   def ids(self, text):
@@ -199,9 +207,9 @@ class Template:
     hidden = self._whole.sub(lambda match: self._code[match.group()], content)
     kept = hidden.strip()
     begin, end = len(hidden) - len(hidden.lstrip()), len(hidden.rstrip())
-    most = max(map(len, self._heads | self._tails), default=0)
-    places = {begin + size - 1 for size in range(1, min(len(kept), most) + 1) if kept[:size] in self._tails}
-    places |= {end - size for size in range(1, min(len(kept), most) + 1) if kept[-size:] in self._heads}
+    sizes = range(1, min(len(kept), self._longest) + 1)
+    places = {begin + size - 1 for size in sizes if kept[:size] in self._tails}
+    places |= {end - size for size in sizes if kept[-size:] in self._heads}
     if not places:
       return hidden
     return "".join(self._code[letter] if at in places else letter for at, letter in enumerate(hidden))
@@ -232,6 +240,10 @@ class Template:
       reply = self._child.stdout.readline()
     except BrokenPipeError:
       reply = ""
+    except BaseException:  # Ctrl-C: what comes would be taken for the answer to the next question
+      self._child.kill()
+      self._child = None
+      raise
     if not reply:
       code, self._child = _end(self._child), None
       why = f"takes more than {SECONDS} seconds" if code == -signal.SIGPROF else (

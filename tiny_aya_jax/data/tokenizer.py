@@ -320,7 +320,11 @@ def _load_json(path):
   except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as error:  # noqa: BLE001 (the package raises nothing narrower, or panics)
-    raise run.Refused(f"tokenizer {path} is not a tokenizer.json ({' '.join(str(error).split())[:300]})") from None
+    why = " ".join(str(error).split())[:300]
+    raise run.Refused(f"tokenizer {path} is not a tokenizer.json ({why})") from None
+  if whole["model"].get("dropout"):
+    raise run.Refused(f"tokenizer {path} drops merges at random (model.dropout {whole['model']['dropout']}): "
+                      "one text would have many ids; set it to null")
   engine.encode_special_tokens = True  # the text of a special token stays text
   engine.no_truncation()
   engine.no_padding()
@@ -383,7 +387,8 @@ def _encode_many(path, engine, hidden, texts):
   found = [coded.ids for coded in engine.encode_batch(texts, add_special_tokens=False)]
   for text, ids in zip(texts, found):
     if not hidden.isdisjoint(ids):  # a model that knows its specials as pieces, or none for a letter
-      raise run.Refused(f"tokenizer {path} makes a special token of the text {text[:60]!r}: text would end turns")
+      raise run.Refused(f"tokenizer {path} makes a special token of the text {text[:60]!r}: text would end "
+                        "turns")
   return found
 
 

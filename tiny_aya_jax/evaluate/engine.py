@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from tiny_aya_jax import axes, processes, run
-from tiny_aya_jax.data import chat, template
+from tiny_aya_jax.data import template
 from tiny_aya_jax.export import folder, huggingface
 from tiny_aya_jax.model import attention, decode, likelihood
 from tiny_aya_jax.model.transformer import TinyAya
@@ -240,13 +240,12 @@ def answers(engine, prompts, *, tokens, what, ends=(), strip=""):
 def _generate(engine, prompts, tokens, cut):
   filled = _filled(engine, len(prompts))
   prompts = [prompts[row % len(prompts)] for row in range(filled)]
-  stop_ids = engine.turns.stop_ids
   with jax.set_mesh(engine.mesh):
     return decode.generate_until(
         engine.params, engine.cfg, prompts,
         cut and (lambda ids: cut(ids)[1]), steps=tokens,
-        stop_ids=stop_ids, dtype=engine.model.dtype,
-        banned_ids=chat.unspoken(engine.tokenizer, engine.cfg.V, stop_ids))
+        stop_ids=engine.turns.stop_ids, dtype=engine.model.dtype,
+        banned_ids=engine.turns.unspoken(engine.tokenizer, engine.cfg.V))
 
 
 def _cut(text, ends):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, mixture, rules, tokenizer as tokenizers
+from tiny_aya_jax.export import folder
 from tiny_aya_jax.train import fields, remap, saved
 
 
@@ -26,7 +27,7 @@ class Begin(NamedTuple):
   step: int  # the optimiser step it goes on from
   start: int  # the step at which the run or its fork began: schedules count from here
   plan: dict
-  origin: dict | None  # {"step", "params": digest} of the checkpoint the run was begun from
+  origin: dict | None  # {"step", "params": digest} of what the run was begun from
   said: str
   rows: remap.Rows | None = None  # how the embedding that `path` has becomes this run's
   remapped: dict | None = None  # the counts of `rows`, and the old tokenizer; meta keeps it
@@ -56,6 +57,8 @@ def decide(config, workdir, plan, tokenizer, step=None):
     return _fork(config, plan, tokenizer)
   if (pathlib.Path(config.init_from) / "config.json").exists():
     path, origin = pathlib.Path(config.init_from), None
+    if config.loss.kind != "next_token":  # else nobody asks, and the files are large
+      origin = dict(step=0, params=folder.params(path))
     model, named = _folder(path)
   else:
     path = saved.find(config.init_from)
