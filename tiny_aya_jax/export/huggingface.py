@@ -124,6 +124,9 @@ def open_folder(folder):
   folder = pathlib.Path(folder)
   cfg, _ = describe(folder)
   held = files.open_folder(folder)
+  if "embed_tokens.weight" in held:  # of the model without its head
+    held = {f"model.{name}": one for name, one in held.items()}
+  _drop_frequencies(folder, held, cfg)
   names = tensor_names(cfg)
   if HEAD in held and names.keys() <= held.keys():  # some writers store the tied head again
     _same_head(folder, held.pop(HEAD), held["model.embed_tokens.weight"])
@@ -143,6 +146,15 @@ def open_folder(folder):
   if biases:
     run.say(f"{folder}: {len(biases)} biases are all zero and are left out")
   return held, cfg
+
+
+def _drop_frequencies(folder, held, cfg):
+  """Drops the rotary frequencies that some writers store, if they are what rope_theta makes them."""
+  expected = cfg.rope_theta ** (-np.arange(0, cfg.H, 2) / cfg.H)
+  for name in [name for name in held if name.endswith("rotary_emb.inv_freq")]:
+    found = held.pop(name).read().astype(np.float32)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-2):
+      raise run.Refused(f"{folder}: {name} is not what rope_theta {cfg.rope_theta} makes it")
 
 
 def _same_head(folder, head, embedding):
@@ -243,6 +255,7 @@ def write_texts(folder, cfg, tokenizer, dtype):
   run.write_text(folder / "tokenizer.json", tokenizer.json())
   run.write_json(folder / "tokenizer_config.json", dict(
       tokenizer_class=TOKENIZER_CLASS, model_max_length=MOST_T,
+      model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, and refuses them
       clean_up_tokenization_spaces=False, **specials,
   ))
   run.write_json(folder / "special_tokens_map.json", specials)
@@ -301,9 +314,13 @@ def config_in(config, folder):
     if config.get(field, only) != only:
       refuse(f"{field} is {config[field]!r:.80}, this architecture has {only!r}")
   rope = config.get("rope_parameters") or {}
+  if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+    refuse(f"rope_parameters are {str(rope):.80}, expected those of all sliding layers")
   for field, only in dict(rope_type="default", partial_rotary_factor=1.0).items():
-    if not isinstance(rope, dict) or rope.get(field, only) != only:
+    if rope.get(field, only) != only:
       refuse(f"rope_parameters are {str(rope):.80}, expected {field} {only!r}")
+  if len({float(one["rope_theta"]) for one in (config, rope) if isinstance(one.get("rope_theta"), (int, float))}) > 1:
+    refuse(f"rope_theta is {config['rope_theta']} and {rope['rope_theta']}: transformers 4 reads the first, 5 the other")
   config = dict(rope_theta=10_000.0) | config | {name: rope[name] for name in ("rope_theta",) if name in rope}
   heads, D = number("num_attention_heads"), number("hidden_size")
   K, H = number("num_key_value_heads", heads), number("head_dim", D // heads or None)
