@@ -13,7 +13,7 @@ import pytest
 from conftest import random_params
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers, toy, vocab
-from tiny_aya_jax.export import gguf, huggingface, vocabulary as vocabularies
+from tiny_aya_jax.export import gguf, huggingface, tensors, vocabulary as vocabularies
 
 package = pytest.importorskip("gguf", reason="needs the export extra")
 pytest.importorskip("tokenizers", reason="needs the export extra")
@@ -107,7 +107,7 @@ def test_what_is_read_back_is_the_weights_rounded_once(kind, dtype, folder, para
   written = flat(params)
   assert flat(back).keys() == written.keys()
   for path, value in flat(back).items():
-    rounded = written[path] if path.endswith("norm_D") else written[path].astype(huggingface.DTYPES[dtype])
+    rounded = written[path] if path.endswith("norm_D") else written[path].astype(tensors.DTYPES[dtype])
     assert np.array_equal(value, rounded.astype(np.float32)), path
 
 

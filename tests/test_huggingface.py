@@ -43,14 +43,16 @@ class Tokens:
   def __init__(self, size=12):
     self.size = size
 
+  specials = {
+    "<PAD>": 0,
+    "<BOS_TOKEN>": 2,
+    "<EOS_TOKEN>": 3,
+    "<|END_OF_TURN_TOKEN|>": 6,
+    "<|END_RESPONSE|>": 11,
+  }
+
   def special(self, name):
-    return {
-      "<PAD>": 0,
-      "<BOS_TOKEN>": 2,
-      "<EOS_TOKEN>": 3,
-      "<|END_OF_TURN_TOKEN|>": 6,
-      "<|END_RESPONSE|>": 11,
-    }[name]
+    return self.specials[name]
 
   def json(self):
     return '{"version": "1.0"}'
