@@ -115,7 +115,7 @@ def test_kept_rows_are_kept_bit_for_bit_and_new_ones_are_means_of_what_was_read(
 
 
 def test_many_means_are_made_a_part_at_a_time(old, grown, monkeypatch):
-  rows, old_VD = remap.rows(old, grown, 600, 700), table(600)
+  rows, old_VD = remap.rows(old, grown, 600, 712), table(600)
   whole = remap.embedding(rows, old_VD)
   for size in (1, 7):
     monkeypatch.setattr(remap, "AT_ONCE", size)
@@ -246,6 +246,13 @@ def test_the_same_ids_in_another_file_are_nothing_to_remap(data, base, tmp_path,
   words = fields(data, f"--config.init_from={base}", f"--config.init_tokenizer={tmp_path / 'copy.model'}")
   assert call("train", "pretrain.py:tiny", tmp_path / "run", *words) == 65
   assert "has the ids of config.tokenizer" in capsys.readouterr().err
+
+
+def test_an_old_vocabulary_that_the_table_has_no_rows_for_is_refused(data, base, grown, rows, tmp_path, monkeypatch):
+  meta = saved.meta(base)
+  monkeypatch.setattr(saved, "meta", lambda place: meta | dict(model=meta["model"] | dict(V=599)))
+  with pytest.raises(run.Refused, match="has 600 ids, .* only 599 rows"):
+    begin.decide(config(last(onto(data, base, grown, rows))), tmp_path, {}, grown)
 
 
 def test_a_folder_is_remapped_and_one_that_was_cut_short_leaves_nothing_behind(
