@@ -98,6 +98,7 @@ def test_what_is_no_sweep_is_refused(fields, said):
     (dict(arms=(("a", (("seed", 1),)),)), "seed is decided by config.seeds"),
     (dict(arms=(("a", (("trunk.steps", 1),)),)), "steps is decided by config.tokens"),
     (dict(arms=(("a", (("cooldown.init_from", "b"),)),)), "init_from is the sweep's own"),
+    (dict(arms=(("a", (("trunk.init_tokenizer", "b"),)),)), "init_tokenizer is the sweep's own"),
     (dict(arms=(("a", (("model.V", 599),)),)), "600 ids, config.model.V only 599 rows"),
     (dict(arms=(("a", (("cooldown.data.T", 64),)),)), "rows of T=32, config.data.T is 64"),
     (dict(arms=(("a", (("schedule.peek", 1.0),)),)), "arm 'a, temperature 1.0': unknown field 'schedule.peek'"),

@@ -92,6 +92,8 @@ def _remapped(config, begin, model, named, tokenizer):
   if not _is_tokenizer(named, old):
     raise run.Refused(f"{begin.path} was not trained with config.init_tokenizer, {config.init_tokenizer}: "
                       "give the one that it was")
+  if old.size > model["V"]:
+    raise run.Refused(f"{config.init_tokenizer} has {old.size} ids, {begin.path} only {model['V']} rows")
   if old.same_ids(tokenizer):
     raise run.Refused(f"config.init_tokenizer, {config.init_tokenizer}, has the ids of config.tokenizer: there is "
                       "nothing to remap; unset it")
