@@ -13,7 +13,7 @@ import pytest
 from conftest import random_params
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers, toy, vocab
-from tiny_aya_jax.export import gguf, huggingface, tensors, vocabulary as vocabularies
+from tiny_aya_jax.export import cohere2, gguf, huggingface, tensors, vocabulary as vocabularies
 
 package = pytest.importorskip("gguf", reason="needs the export extra")
 pytest.importorskip("tokenizers", reason="needs the export extra")
@@ -135,7 +135,7 @@ def blocks(value, path):
   name = path.rpartition("/")[2]
   if name == "embedding_VD":
     return value.reshape(-1, 32)
-  return np.concatenate([huggingface.theirs(one, name).reshape(-1, 32) for one in value])
+  return np.concatenate([cohere2.theirs(one, name).reshape(-1, 32) for one in value])
 
 
 def test_every_token_has_one_place_and_padding_is_unused(folder, tokenizer):

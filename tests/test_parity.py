@@ -12,7 +12,7 @@ import pytest
 from conftest import call, random_params
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import tokenizer as tokenizers
-from tiny_aya_jax.export import huggingface, proof, reader, runtimes, tensors
+from tiny_aya_jax.export import cohere2, huggingface, proof, reader, runtimes, tensors
 
 ASKED = ml_collections.ConfigDict(dict(tokens=40, greedy=4, transformers="", mlx="", llama_cpp="", bytes=1e9))
 
@@ -39,8 +39,8 @@ def alone(monkeypatch):
 
 
 def prove(folder, params, cfg, tokenizer, dtype="bfloat16"):
-  shapes = huggingface.leaf_shapes(cfg)
-  return proof.prove(folder, ((path, huggingface._leaf(params, path)) for path in shapes), cfg, dtype, tokenizer, ASKED)
+  shapes = cohere2.leaf_shapes(cfg)
+  return proof.prove(folder, ((path, cohere2.leaf(params, path)) for path in shapes), cfg, dtype, tokenizer, ASKED)
 
 
 def test_a_folder_is_proved_by_a_reader_of_its_own(whole, tokenizer):
@@ -94,7 +94,7 @@ SWAPPED = dict(
 def test_an_error_that_agrees_with_itself_is_caught_by_the_reader(whole, tokenizer, tmp_path, monkeypatch, wrong):
   _, params, cfg = whole
   if wrong == "layers":
-    monkeypatch.setattr(huggingface, "LAYER", huggingface.LAYER | SWAPPED["layers"])
+    monkeypatch.setattr(huggingface, "LAYER", cohere2.LAYER | SWAPPED["layers"])
   else:
     monkeypatch.setattr(huggingface, "BLOCKS", SWAPPED["blocks"])
   huggingface.write(tmp_path / "out", params, cfg, tokenizer, dtype="bfloat16")

@@ -12,7 +12,7 @@ from conftest import B, DOCUMENTS, T, call, packed, random_params
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import loader
 from tiny_aya_jax.evaluate import outputs
-from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.export import cohere2
 from tiny_aya_jax.model import transformer
 from tiny_aya_jax.model.transformer import BLOCKS, Block, TinyAya
 from tiny_aya_jax.post import similarity
@@ -202,7 +202,7 @@ def test_structural_figures_are_those_of_the_tensors_as_vectors(cfg, pair):
   base = random_params(cfg, seed=2)
   base["embedding_VD"][:3] = pair[0]["embedding_VD"][:3]  # untrained ids: no sign, no vote
   found = similarity.structural(cfg, pair, base)
-  names = huggingface.tensor_names(cfg)
+  names = cohere2.tensor_names(cfg)
   vectors = {name: [] for name in names}
   for name, (path, period) in names.items():
     for tree in (*pair, base):
@@ -217,7 +217,7 @@ def test_structural_figures_are_those_of_the_tensors_as_vectors(cfg, pair):
   assert len(queries) == 4 * cfg.L
   assert_near(found["kinds"]["self_attn.q_proj"], figures(*map(np.concatenate, zip(*queries))), 1e-5)
   assert_near(found["whole"], figures(*map(np.concatenate, zip(*vectors.values()))), 1e-5)
-  assert set(found["kinds"]) == {"embed_tokens", "norm", *huggingface.LAYER.values()}
+  assert set(found["kinds"]) == {"embed_tokens", "norm", *cohere2.LAYER.values()}
 
 
 def test_a_task_vector_of_nothing_has_no_direction(cfg, pair):

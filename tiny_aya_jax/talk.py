@@ -8,7 +8,7 @@ import ml_collections
 
 from tiny_aya_jax import run, serve
 from tiny_aya_jax.data import template, tokenizer as tokenizers
-from tiny_aya_jax.export import folder
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
@@ -61,11 +61,11 @@ def main(config, workdir):
 def _found(config):
   """config -> (folder of the checkpoint or Hugging Face folder, most tokens, its Tokenizer, its Turns)."""
   path = pathlib.Path(config.checkpoint)
-  if folder.is_one(path):
-    tokenizer = folder.tokenizer(path, config.tokenizer)
+  if huggingface.is_folder(path):
+    tokenizer = huggingface.tokenizer_of(path, config.tokenizer)
     turns = template.turns(tokenizer, path)
     run.say(f"{path} is spoken to by {turns.said}")
-    return path, config.T or folder.T(path), tokenizer, turns
+    return path, config.T or huggingface.describe(path)[1], tokenizer, turns
   tokenizer = tokenizers.load(run.existing("tokenizer", config.tokenizer))
   path = saved.find(path)
   meta = saved.meta(path)
@@ -79,10 +79,9 @@ def _model(path):
   """(params, cfg) of what `_found` named."""
   import jax
 
-  from tiny_aya_jax.export import huggingface
   from tiny_aya_jax.train import checkpoint
 
-  if folder.is_one(path):
+  if huggingface.is_folder(path):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return huggingface.load(path, lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree))

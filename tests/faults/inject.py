@@ -247,14 +247,14 @@ def full_until(step):
 
 def dies_exporting(_):
   """The process ends when half of a Hugging Face folder is written."""
-  from tiny_aya_jax.export import huggingface
+  from tiny_aya_jax.export import cohere2
 
   def end(*_):
     time.sleep(3)  # the save that began before it is committed
     _happened("killed in an export")
     os._exit(9)
 
-  huggingface.config_out = end
+  cohere2.config_out = end
 
 
 def dies_evaluating(number):

@@ -18,7 +18,7 @@ import numpy as np
 
 from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import template
-from tiny_aya_jax.export import folder, huggingface
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.model import attention, decode, likelihood
 from tiny_aya_jax.model.transformer import TinyAya
 from tiny_aya_jax.train import checkpoint
@@ -52,7 +52,7 @@ class Likelihood(NamedTuple):
 def load(place, tokenizer, mesh, config, T):
   """place: a checkpoint folder or a Hugging Face folder. config: batch, dtype, attention."""
   dtype = jnp.dtype(config.dtype)
-  theirs = folder.is_one(place)
+  theirs = huggingface.is_folder(place)
   turns = template.turns(tokenizer, place if theirs else None)
   if theirs:
     params, cfg = huggingface.load(place, lambda tree: jax.tree_util.tree_map_with_path(

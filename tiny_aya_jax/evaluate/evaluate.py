@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tiny_aya_jax import client, languages, run
 from tiny_aya_jax.data import loader, template, text as texts, tokenizer as tokenizers
 from tiny_aya_jax.evaluate import report, results, terminal
-from tiny_aya_jax.export import folder
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import saved
 
 # What needs jax, or the packages of the extra `eval`, is imported behind the checks: a wrong field
@@ -144,15 +144,10 @@ def _subject(config, given, step=None):
   name = place.resolve().name
   if place.resolve().parent.name == "checkpoints":  # a step of a workdir
     name = f"{place.resolve().parents[1].name}@{name}"
-  if folder.is_one(place):
-    from tiny_aya_jax.export import huggingface
-
-    facts, tokenizer = run.read_json(place / "config.json", "Hugging Face folder"), folder.tokenizer(place)
-    files = [place / "config.json", *sorted(place.glob("*.safetensors"))]
+  if huggingface.is_folder(place):
+    (model, T), tokenizer = huggingface.describe(place), huggingface.tokenizer_of(place)
     return dict(name=name, path=place, step=None, tokenizer=tokenizer, turns=template.turns(tokenizer, place),
-                identity=[run.sha256(path) for path in files], untrained=None,
-                model=huggingface.config_in(facts, place),
-                T=config.T or folder.T(place))
+                identity=huggingface.digests(place), untrained=None, model=model, T=config.T or T)
   if not config.tokenizer:
     raise run.Refused(f"{given} needs config.tokenizer; only Hugging Face folders have their own")
   path, tokenizer = saved.find(place), tokenizers.load(config.tokenizer)

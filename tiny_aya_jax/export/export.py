@@ -16,7 +16,7 @@ import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, tokenizer as tokenizers
-from tiny_aya_jax.export import card, gguf, huggingface, quality, runtimes, tensors as files
+from tiny_aya_jax.export import card, cohere2, gguf, huggingface, runtimes, tensors as files
 from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
@@ -98,7 +98,7 @@ def check(config, workdir):
   if folder.exists() and not (folder / "parity.json").exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
   if not apart:
-    files.refuse_full(pathlib.Path(workdir), huggingface.size(source.cfg, config.dtype))
+    files.refuse_full(pathlib.Path(workdir), cohere2.size(source.cfg, config.dtype))
   return source, manifests
 
 
@@ -115,10 +115,10 @@ def _of_checkpoint(config):
     from tiny_aya_jax.train import checkpoint
 
     shapes, read_leaf = checkpoint.leaves(path)
-    expected = {"/".join(place): shape for place, shape in huggingface.leaf_shapes(cfg).items()}
+    expected = {"/".join(place): shape for place, shape in cohere2.leaf_shapes(cfg).items()}
     if odd := sorted({name for name, _ in shapes.items() ^ expected.items()}):
       raise saved.Damaged(f"{path}: params differs from its model in {len(odd)} arrays, e.g. {odd[0]}")
-    for place in huggingface.leaf_shapes(cfg):
+    for place in cohere2.leaf_shapes(cfg):
       yield place, read_leaf("/".join(place))
 
   return Source(path, cfg, meta["T"], tokenizer, meta["fingerprints"]["params"], meta.get("adapter"), leaves, None)
@@ -144,7 +144,7 @@ def _merged(folder, source, config):
   """Writes and proves the folder."""
   from tiny_aya_jax.export import proof
 
-  found = run.progress(source.leaves(), "export", total=len(huggingface.leaf_shapes(source.cfg)))
+  found = run.progress(source.leaves(), "export", total=len(cohere2.leaf_shapes(source.cfg)))
   huggingface.write_leaves(folder, found, source.cfg, config.dtype)
   if source.texts:
     huggingface.copy_texts(folder, source.texts, config.dtype)
@@ -177,7 +177,7 @@ def _check_gguf(config, source):
 
 def _quantised(folder, source, config, manifests):
   """Writes, proves and measures the GGUF files: {"files", "readers", "lines"}."""
-  from tiny_aya_jax.export import proof
+  from tiny_aya_jax.export import proof, quality
 
   paths = {kind: folder / f"{config.name}-{kind}.gguf" for kind in config.gguf.kinds}
   whole = dict(bfloat16="BF16", float16="F16", float32="F32")[config.dtype]  # as the folder has them

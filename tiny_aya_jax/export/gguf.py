@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from tiny_aya_jax import run
-from tiny_aya_jax.export import vocabulary as vocabularies
+from tiny_aya_jax.export import cohere2, huggingface, vocabulary as vocabularies
 
 # Our name in a block -> GGUF's.
 BLOCK = dict(
@@ -52,8 +52,6 @@ def write(path, folder, kind, *, pre=None):
   recognised. No more than one tensor is in memory. Refuses what `check` and vocabulary.read do, and
   weights that the kind cannot hold.
   """
-  from tiny_aya_jax.export import huggingface
-
   gguf, path, folder = _package(), pathlib.Path(path), pathlib.Path(folder)
   tensors, cfg = huggingface.open_folder(folder)
   check(cfg, kind)
@@ -68,7 +66,7 @@ def write(path, folder, kind, *, pre=None):
     writer.write_header_to_file(temporary)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for theirs, name in zip(huggingface.tensor_names(cfg), placed, strict=True):
+    for theirs, name in zip(cohere2.tensor_names(cfg), placed, strict=True):
       writer.write_tensor_data(_encoded(gguf, tensors[theirs].read().astype(np.float32, copy=False), _type(name, kind), name))
     writer.fout[0].flush()
     os.fsync(writer.fout[0].fileno())
@@ -84,16 +82,13 @@ def write(path, folder, kind, *, pre=None):
 
 
 def names(cfg):
-  """{GGUF's name: (path in our tree, index of the period or None)}, in huggingface.tensor_names' order."""
-  from tiny_aya_jax.export import huggingface
-  BLOCKS = huggingface.BLOCKS
-
+  """{GGUF's name: (path in our tree, index of the period or None)}, in cohere2.tensor_names' order."""
   named = {}
-  for path, period in huggingface.tensor_names(cfg).values():
+  for path, period in cohere2.tensor_names(cfg).values():
     if period is None:
       name = "token_embd" if path[-1] == "embedding_VD" else "output_norm"
     else:
-      name = f"blk.{4 * period + BLOCKS.index(path[1])}.{BLOCK[path[-1]]}"
+      name = f"blk.{4 * period + cohere2.BLOCKS.index(path[1])}.{BLOCK[path[-1]]}"
     named[f"{name}.weight"] = (path, period)
   return named
 
@@ -118,8 +113,6 @@ def read(path):
   The file is mapped, and one tensor at a time decoded. Refuses other architectures, and missing,
   extra or misshapen tensors.
   """
-  from tiny_aya_jax.export import huggingface
-
   gguf, path = _package(), pathlib.Path(path)
   reader = _open(gguf, path)
   cfg = _config(reader, path)
@@ -128,13 +121,13 @@ def read(path):
   if tensors.keys() != placed.keys():
     odd = sorted(tensors.keys() ^ placed.keys())
     raise run.Refused(f"{path}: {len(odd)} tensors are missing or unknown, such as {odd[:3]}")
-  leaves = {at: np.empty(shape, np.float32) for at, shape in huggingface.leaf_shapes(cfg).items()}
+  leaves = {at: np.empty(shape, np.float32) for at, shape in cohere2.leaf_shapes(cfg).items()}
   for name, (at, period) in placed.items():
     leaf = leaves[at] if period is None else leaves[at][period]
     value = _decoded(gguf, tensors[name])
     if value.size != leaf.size or value.shape[-1] != (leaf.shape[-1] if leaf.ndim == 1 else _inputs(cfg, at[-1])):
       raise run.Refused(f"{path}: {name} has shape {value.shape}, expected {leaf.shape} of our {at[-1]}")
-    leaf[...] = huggingface.ours(value, leaf.shape, at[-1])
+    leaf[...] = cohere2.ours(value, leaf.shape, at[-1])
   params = {}
   for (*parents, name), leaf in leaves.items():
     node = params
@@ -146,11 +139,9 @@ def read(path):
 
 def decoded(path, cfg):
   """(HF tensor name, fp32 in torch's shape) of a file that `write` made, one after the other."""
-  from tiny_aya_jax.export import huggingface
-
   gguf = _package()
   tensors = {tensor.name: tensor for tensor in _open(gguf, pathlib.Path(path)).tensors}
-  for theirs, name in zip(huggingface.tensor_names(cfg), names(cfg), strict=True):
+  for theirs, name in zip(cohere2.tensor_names(cfg), names(cfg), strict=True):
     yield theirs, _decoded(gguf, tensors[name])
 
 

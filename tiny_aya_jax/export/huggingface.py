@@ -1,43 +1,26 @@
 """Cohere2 folders of Hugging Face transformers, in and out, without torch, transformers or jax.
 
 A folder is config.json, generation_config.json, model*.safetensors (with an index when sharded; the
-files are tensors.py's) and the tokenizer's four files. Layer 4l+j is period l of block BLOCKS[j]; a
-torch Linear is [out, in], so every matrix is its letters flattened to two axes and transposed
-(tiny_aya.md 1.2). Adapters are peft.py's.
+files are tensors.py's) and the tokenizer's four files. What is called how there is cohere2.py's, how
+a folder is spoken to data/template.py's; adapters are peft.py's.
 """
 
 import contextlib
 import functools
-import json
-import math
 import os
 import pathlib
 import shutil
 
-import ml_collections
 import numpy as np
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import chat
-from tiny_aya_jax.export import tensors as files
+from tiny_aya_jax.data import chat, tokenizer as tokenizers
+from tiny_aya_jax.export import cohere2, tensors as files
 
-BLOCKS = ("sliding_0", "sliding_1", "sliding_2", "full")  # transformer.BLOCKS, without its jax
-# Our name in a block: (HF name in a layer, letters the torch [out, in] matrix flattens).
-LAYER = dict(
-    norm_D="input_layernorm",
-    q_DNH="self_attn.q_proj",
-    k_DKH="self_attn.k_proj",
-    v_DKH="self_attn.v_proj",
-    o_NHD="self_attn.o_proj",
-    gate_DF="mlp.gate_proj",
-    up_DF="mlp.up_proj",
-    down_FD="mlp.down_proj",
-)
 HEAD = "lm_head.weight"
 # The class that uses tokenizer.json as it is: CohereTokenizerFast rebuilds it wrongly in
 # transformers 5 (tiny_aya.md 2.4).
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-MOST_T = 8192  # of a folder that says more: what the released models were trained on (tiny_aya.md 1.1)
 # Everything a folder has besides weights and config.json.
 TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "special_tokens_map.json", "chat_template.jinja")
@@ -50,7 +33,7 @@ def read(folder):
   biases that are not zero, an untied head, and missing, extra or misshapen tensors, each by name.
   """
   shapes, read_leaf, cfg = leaves(folder)
-  return tree((path, read_leaf(path)) for path in shapes), cfg
+  return cohere2.tree((path, read_leaf(path)) for path in shapes), cfg
 
 
 def load(folder, placed):
@@ -63,11 +46,11 @@ def load(folder, placed):
   import jax
 
   held, cfg = open_folder(folder)
-  shapes, groups = leaf_shapes(cfg), _groups(cfg)
-  wanted = placed(tree((path, jax.ShapeDtypeStruct(shape, np.float32)) for path, shape in shapes.items()))
+  shapes, groups = cohere2.leaf_shapes(cfg), _groups(cfg)
+  wanted = placed(cohere2.tree((path, jax.ShapeDtypeStruct(shape, np.float32)) for path, shape in shapes.items()))
 
   def place(path):
-    like = _leaf(wanted, path)
+    like = cohere2.leaf(wanted, path)
 
     @functools.cache  # copies of one part are read once
     def part(index):
@@ -76,7 +59,7 @@ def load(folder, placed):
     return jax.make_array_from_callback(
         like.shape, like.sharding, lambda index: part(tuple((one.start, one.stop) for one in index)))
 
-  return tree((path, place(path)) for path in shapes), cfg
+  return cohere2.tree((path, place(path)) for path in shapes), cfg
 
 
 def _part(held, group, shape, path, dtype, index):
@@ -93,13 +76,13 @@ def _part(held, group, shape, path, dtype, index):
 
 
 def _mapped(held, name, shape, path):
-  return ours(held[name].mapped(), shape, path[-1])
+  return cohere2.ours(held[name].mapped(), shape, path[-1])
 
 
 def leaves(folder):
   """({path in our tree: shape}, path -> its leaf as an fp32 NumPy array, cfg); nothing is kept."""
   held, cfg = open_folder(folder)
-  shapes, groups = leaf_shapes(cfg), _groups(cfg)
+  shapes, groups = cohere2.leaf_shapes(cfg), _groups(cfg)
 
   def read_leaf(path):
     return _part(held, groups[path], shapes[path], path, np.float32, [(None, None)] * len(shapes[path]))
@@ -110,7 +93,7 @@ def leaves(folder):
 def _groups(cfg):
   """{path in our tree: [(HF tensor name, period), ...] by period}."""
   groups = {}
-  for name, (path, period) in tensor_names(cfg).items():
+  for name, (path, period) in cohere2.tensor_names(cfg).items():
     groups.setdefault(path, []).append((name, period))
   return groups
 
@@ -127,7 +110,7 @@ def open_folder(folder):
   if "embed_tokens.weight" in held:  # of the model without its head
     held = {f"model.{name}": one for name, one in held.items()}
   _drop_frequencies(folder, held, cfg)
-  names = tensor_names(cfg)
+  names = cohere2.tensor_names(cfg)
   if HEAD in held and names.keys() <= held.keys():  # some writers store the tied head again
     _same_head(folder, held.pop(HEAD), held["model.embed_tokens.weight"])
   biases = [name for name in held.keys() - names if name.endswith(".bias")
@@ -140,7 +123,7 @@ def open_folder(folder):
     raise run.Refused(
         f"{folder}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
     )
-  for name, shape in torch_shapes(cfg).items():
+  for name, shape in cohere2.torch_shapes(cfg).items():
     if held[name].shape != shape:
       raise run.Refused(f"{folder}: {name} has shape {held[name].shape}, config.json says {shape}")
   if biases:
@@ -168,10 +151,23 @@ def _same_head(folder, head, embedding):
 def describe(folder):
   """(model ConfigDict, the most tokens it reads) of config.json."""
   facts = run.read_json(pathlib.Path(folder) / "config.json", "Hugging Face folder")
-  most = facts.get("max_position_embeddings", MOST_T)
+  most = facts.get("max_position_embeddings", cohere2.MOST_T)
   if type(most) is not int or most < 1:
     raise run.Refused(f"{folder}/config.json: max_position_embeddings is {most!r}, expected a number of tokens")
-  return config_in(facts, folder), min(most, MOST_T)
+  return cohere2.config_in(facts, folder), min(most, cohere2.MOST_T)
+
+
+def tokenizer_of(folder, given=None):
+  """The Tokenizer of a folder; `given`, a path or None, must have the same ids.
+
+  Refuses a vocabulary larger than the folder's embedding.
+  """
+  found, (cfg, _) = tokenizers.load(pathlib.Path(folder) / "tokenizer.json"), describe(folder)
+  refuse_vocabulary(found, cfg)
+  if given and (odd := found.difference(tokenizers.load(given))):
+    raise run.Refused(f"{folder} has its own tokenizer, and {given} is another ({odd}): leave config.tokenizer "
+                      "unset")
+  return found
 
 
 def is_folder(place):
@@ -198,10 +194,10 @@ def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=files.
     raise run.Refused(f"{folder} exists: remove it, or export to another folder")
   refuse_vocabulary(tokenizer, cfg)
 
-  for path, shape in leaf_shapes(cfg).items():
-    if (found := _leaf(params, path).shape) != shape:
+  for path, shape in cohere2.leaf_shapes(cfg).items():
+    if (found := cohere2.leaf(params, path).shape) != shape:
       raise run.Refused(f"{'/'.join(path)} has shape {found}, the model config says {shape}")
-  found = ((path, np.asarray(_leaf(params, path))) for path in leaf_shapes(cfg))
+  found = ((path, np.asarray(cohere2.leaf(params, path))) for path in cohere2.leaf_shapes(cfg))
   with staged(folder) as temporary:
     write_leaves(temporary, found, cfg, dtype, shard_bytes)
     write_texts(temporary, cfg, tokenizer, dtype)
@@ -215,7 +211,7 @@ def refuse_vocabulary(tokenizer, cfg):
 
 def write_leaves(folder, found, cfg, dtype, shard_bytes=files.SHARD_BYTES):
   """Writes the weights' files from (path in our tree, leaf), in any order, a leaf at a time."""
-  files.write(folder, torch_shapes(cfg), named(found, cfg), dtype=dtype, shard_bytes=shard_bytes)
+  files.write(folder, cohere2.torch_shapes(cfg), named(found, cfg), dtype=dtype, shard_bytes=shard_bytes)
 
 
 def named(found, cfg):
@@ -223,7 +219,7 @@ def named(found, cfg):
   groups = _groups(cfg)
   for path, leaf in found:
     for name, period in groups[path]:
-      yield name, theirs(leaf if period is None else leaf[period], path[-1])
+      yield name, cohere2.theirs(leaf if period is None else leaf[period], path[-1])
     del leaf  # before the next is made
 
 
@@ -247,14 +243,14 @@ def write_texts(folder, cfg, tokenizer, dtype):
   specials = dict(
       bos_token="<BOS_TOKEN>", eos_token="<EOS_TOKEN>", pad_token="<PAD>", unk_token="<UNK>"
   )
-  run.write_json(folder / "config.json", config_out(cfg, tokenizer, dtype))
+  run.write_json(folder / "config.json", cohere2.config_out(cfg, tokenizer, dtype))
   run.write_json(folder / "generation_config.json", dict(
       bos_token_id=tokenizer.special("<BOS_TOKEN>"), eos_token_id=stop_ids,
       pad_token_id=tokenizer.special("<PAD>"), do_sample=True, temperature=0.3, top_p=0.95,
   ))
   run.write_text(folder / "tokenizer.json", tokenizer.json())
   run.write_json(folder / "tokenizer_config.json", dict(
-      tokenizer_class=TOKENIZER_CLASS, model_max_length=MOST_T,
+      tokenizer_class=TOKENIZER_CLASS, model_max_length=cohere2.MOST_T,
       model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, and refuses them
       clean_up_tokenization_spaces=False, **specials,
   ))
@@ -282,160 +278,3 @@ def copy_texts(folder, source, dtype):
             "as it is")
   if kept != facts:
     run.write_json(folder / "tokenizer_config.json", kept)
-
-
-ONLY = dict(  # what this architecture is, where config.json says anything of it
-    use_qk_norm=False, use_parallel_block=True, hidden_act="silu", use_embedding_sharing=True,
-    tie_word_embeddings=True, rotary_pct=1.0, rope_scaling=None, position_embedding_type="rope_gptj",
-    use_gated_activation=True, quantization_config=None, auto_map=None,
-)
-
-
-def config_in(config, folder):
-  """config.json of Cohere2 -> model ConfigDict; refuses what the architecture does not have."""
-  def refuse(what):
-    raise run.Refused(f"{folder}/config.json: {what}")
-
-  def number(field, default=None, most=2**31, kinds=(int,)):
-    given = config.get(field)
-    value = default if given is None else given
-    if type(value) not in kinds or not 0 < value <= most:  # a bool is no number here
-      refuse(f"{field} is {given!r}, expected a {'whole ' * (kinds == (int,))}number above 0")
-    return value
-
-  if config.get("model_type") != "cohere2":
-    refuse(f"model_type is {config.get('model_type')!r}, expected 'cohere2'")
-  layers, pattern = number("num_hidden_layers", most=10_000), config.get("layer_types")
-  if layers % 4 or (pattern and pattern != _layer_types(layers)) or (
-      not pattern and config.get("sliding_window_pattern", 4) != 4):
-    refuse(f"{layers} layers of {str(pattern or config.get('sliding_window_pattern')):.80}: expected "
-           "periods of 3 sliding_attention and 1 full_attention")
-  for field, only in ONLY.items():
-    if config.get(field, only) != only:
-      refuse(f"{field} is {config[field]!r:.80}, this architecture has {only!r}")
-  rope = config.get("rope_parameters") or {}
-  if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-    refuse(f"rope_parameters are {str(rope):.80}, expected those of all sliding layers")
-  for field, only in dict(rope_type="default", partial_rotary_factor=1.0).items():
-    if rope.get(field, only) != only:
-      refuse(f"rope_parameters are {str(rope):.80}, expected {field} {only!r}")
-  if len({float(one["rope_theta"]) for one in (config, rope) if isinstance(one.get("rope_theta"), (int, float))}) > 1:
-    refuse(f"rope_theta is {config['rope_theta']} and {rope['rope_theta']}: transformers 4 reads the first, 5 the other")
-  config = dict(rope_theta=10_000.0) | config | {name: rope[name] for name in ("rope_theta",) if name in rope}
-  heads, D = number("num_attention_heads"), number("hidden_size")
-  K, H = number("num_key_value_heads", heads), number("head_dim", D // heads or None)
-  if heads % K or H % 2:
-    refuse(f"{heads} query heads of width {H} on {K} key heads: expected a multiple, and an even width")
-  real = dict(most=1e12, kinds=(int, float))
-  return ml_collections.ConfigDict(dict(
-      D=D, N=heads, K=K, H=H,
-      F=number("intermediate_size"),
-      V=number("vocab_size"),
-      L=layers // 4,
-      window=number("sliding_window"),
-      rope_theta=float(number("rope_theta", **real)),
-      logit_scale=float(number("logit_scale", 0.0625, **real)),  # the class's default
-      norm_epsilon=float(number("layer_norm_eps", 1e-5, **real)),
-  ))
-
-
-def config_out(cfg, tokenizer, dtype):
-  """Model ConfigDict -> config.json that transformers 4.57 and 5.x read alike."""
-  return dict(
-      architectures=["Cohere2ForCausalLM"],
-      model_type="cohere2",
-      attention_bias=False,
-      attention_dropout=0.0,
-      bos_token_id=tokenizer.special("<BOS_TOKEN>"),
-      eos_token_id=tokenizer.special("<EOS_TOKEN>"),
-      pad_token_id=tokenizer.special("<PAD>"),
-      head_dim=cfg.H,
-      hidden_act="silu",
-      hidden_size=cfg.D,
-      initializer_range=0.02,
-      intermediate_size=cfg.F,
-      layer_norm_eps=cfg.norm_epsilon,
-      layer_types=_layer_types(4 * cfg.L),
-      logit_scale=cfg.logit_scale,
-      max_position_embeddings=MOST_T,
-      num_attention_heads=cfg.N,
-      num_hidden_layers=4 * cfg.L,
-      num_key_value_heads=cfg.K,
-      rope_theta=cfg.rope_theta,
-      rope_parameters=dict(rope_type="default", rope_theta=cfg.rope_theta),
-      sliding_window=cfg.window,
-      tie_word_embeddings=True,
-      torch_dtype=dtype,
-      use_cache=True,
-      vocab_size=cfg.V,
-  )
-
-
-def _layer_types(layers):
-  return (["sliding_attention"] * 3 + ["full_attention"]) * (layers // 4)
-
-
-def tensor_names(cfg):
-  """{HF tensor name: (path in our tree, period or None)}, in the order of a checkpoint."""
-  names = {"model.embed_tokens.weight": (("embedding_VD",), None)}
-  for layer in range(4 * cfg.L):
-    for ours, theirs in LAYER.items():
-      path = ("periods", BLOCKS[layer % 4], ours)
-      names[f"model.layers.{layer}.{theirs}.weight"] = (path, layer // 4)
-  return names | {"model.norm.weight": (("norm_D",), None)}
-
-
-def leaf_shapes(cfg):
-  """{path in our tree: shape}, stacked leaves with their L."""
-  return {path: (*(() if period is None else (cfg.L,)), *_shape(cfg, path[-1]))
-          for path, period in tensor_names(cfg).values()}
-
-
-def torch_shapes(cfg):
-  """{HF tensor name: its shape there}, in the order of a checkpoint."""
-  return {name: _flat(_shape(cfg, path[-1]), path[-1]) for name, (path, _) in tensor_names(cfg).items()}
-
-
-def size(cfg, dtype):
-  """Bytes of a folder's weights."""
-  return np.dtype(files.DTYPES[dtype]).itemsize * sum(map(math.prod, torch_shapes(cfg).values()))
-
-
-def _shape(cfg, name):
-  return tuple(getattr(cfg, letter) for letter in name.rpartition("_")[2])
-
-
-def _flat(shape, name):
-  """Our shape -> torch's: inputs are D (or N H, or F) first, and torch puts them last."""
-  if len(shape) == 1 or name == "embedding_VD":
-    return shape
-  inputs = 2 if name == "o_NHD" else 1
-  return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-
-
-def ours(value, shape, name):
-  """A matrix of torch's [out, in] -> our `shape` of the parameter `name`, without a copy."""
-  return (value.T if value.ndim == 2 and name != "embedding_VD" else value).reshape(shape)
-
-
-def theirs(value, name):
-  """Our parameter `name`, one period of it -> torch's [out, in], without a copy."""
-  flat = _flat(value.shape, name)
-  return value.reshape(flat[::-1]).T if len(flat) == 2 and name != "embedding_VD" else value
-
-
-def _leaf(tree, path):
-  for key in path:
-    tree = tree[key]
-  return tree
-
-
-def tree(found):
-  """(path, leaf) of every leaf -> the tree."""
-  whole = {}
-  for (*parents, name), leaf in found:
-    node = whole
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return whole

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from tiny_aya_jax import run
-from tiny_aya_jax.export import huggingface, tensors as files
+from tiny_aya_jax.export import cohere2, tensors as files
 from tiny_aya_jax.model import adapter as adapters
 
 WEIGHTS = "adapter_model.safetensors"
@@ -19,7 +19,7 @@ def write(folder, params, adapter):
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  modules = [huggingface.LAYER[name].split(".")[1] for name in adapters.factors(adapter)]
+  modules = [cohere2.LAYER[name].split(".")[1] for name in adapters.factors(adapter)]
   run.write_json(folder / "adapter_config.json", dict(
       peft_type="LORA", task_type="CAUSAL_LM", r=adapter.R, lora_alpha=adapter.alpha, lora_dropout=0.0,
       target_modules=sorted(modules),
@@ -41,8 +41,8 @@ def tensors(params, adapter):
   for name, (first, second) in adapters.factors(adapter).items():
     for block, leaves in trained["periods"].items():
       for period, (one, other) in enumerate(zip(leaves[first], leaves[second])):
-        layer = 4 * period + huggingface.BLOCKS.index(block)
-        place = f"base_model.model.model.layers.{layer}.{huggingface.LAYER[name]}"
+        layer = 4 * period + cohere2.BLOCKS.index(block)
+        place = f"base_model.model.model.layers.{layer}.{cohere2.LAYER[name]}"
         found[f"{place}.lora_A.weight"] = np.ascontiguousarray(one.reshape(-1, adapter.R).T)
         found[f"{place}.lora_B.weight"] = np.ascontiguousarray(other.reshape(adapter.R, -1).T)
   return found

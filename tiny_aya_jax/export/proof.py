@@ -15,7 +15,7 @@ import numpy as np
 
 from tiny_aya_jax import languages, run
 from tiny_aya_jax.data import chat, template, tokenizer as tokenizers, toy
-from tiny_aya_jax.export import gguf, huggingface, reader, runtimes, tensors as files
+from tiny_aya_jax.export import cohere2, gguf, huggingface, reader, runtimes, tensors as files
 
 TOLERANCE = 1e-4  # of logits in fp32, times the largest of them if that is above 1
 TEXTS_A_LANGUAGE = 3
@@ -37,7 +37,7 @@ def prove(folder, leaves, cfg, dtype, tokenizer, asked):
   _same_bits(folder, leaves, cfg, dtype)
   written = tokenizers.load(pathlib.Path(folder) / "tokenizer.json")
   texts = sample()
-  found = dict(tensors=len(huggingface.tensor_names(cfg)), dtype=dtype,
+  found = dict(tensors=len(cohere2.tensor_names(cfg)), dtype=dtype,
                tokenizer=_same_tokenizer(folder, tokenizer, written, texts))
   rows, prompts = probes(cfg, written, asked)
   steps = asked.greedy
@@ -48,7 +48,7 @@ def prove(folder, leaves, cfg, dtype, tokenizer, asked):
   readers = dict(numpy=dict(version=dict(numpy=np.__version__)) | _same_logits(
       "the NumPy reader", reader.forward(folder, rows), expected, tails))
   request = dict(tokens=rows, texts=texts)
-  size = huggingface.size(cfg, "float32")
+  size = cohere2.size(cfg, "float32")
   for name in ("transformers", "mlx"):
     readers[name] = _witness(name, folder, asked, size, request, expected, tails, tokenizer)
   figures = [one["largest_logit_difference"] for one in readers.values() if isinstance(one, dict)]
@@ -148,11 +148,11 @@ def ours(folder, cfg, rows):
     token_BT[b, : len(row)] = row
   position_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
   segment_BT = (position_BT < np.array([[len(row)] for row in rows])).astype(np.int32)
-  where = {place: name for name, place in huggingface.tensor_names(cfg).items()}
+  where = {place: name for name, place in cohere2.tensor_names(cfg).items()}
 
   def leaf(path, period=None):
-    shape = huggingface.leaf_shapes(cfg)[path][period is not None:]
-    return huggingface.ours(held[where[path, period]].mapped(), shape, path[-1])
+    shape = cohere2.leaf_shapes(cfg)[path][period is not None:]
+    return cohere2.ours(held[where[path, period]].mapped(), shape, path[-1])
 
   @jax.jit
   def sliding(weights, x_BTD):
@@ -169,9 +169,9 @@ def ours(folder, cfg, rows):
   embedding_VD = leaf(("embedding_VD",))
   x_BTD = jnp.asarray(embedding_VD[token_BT].astype(np.float32))
   for period in range(cfg.L):
-    for name in huggingface.BLOCKS:
+    for name in cohere2.BLOCKS:
       weights = {key: np.ascontiguousarray(leaf(("periods", name, key), period), np.float32)
-                 for key in huggingface.LAYER}
+                 for key in cohere2.LAYER}
       x_BTD = (full if name == "full" else sliding)(weights, x_BTD)
   hidden_BTD = transformer.layer_norm(x_BTD, np.float32(leaf(("norm_D",))), cfg)
   parts = [transformer.logits(dict(embedding_VD=jnp.asarray(part.astype(np.float32))), hidden_BTD, cfg)

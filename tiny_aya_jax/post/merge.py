@@ -17,7 +17,7 @@ import numpy as np
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import tokenizer as tokenizers
-from tiny_aya_jax.export import huggingface, tensors as files
+from tiny_aya_jax.export import cohere2, huggingface, tensors as files
 from tiny_aya_jax.post import operators, search
 from tiny_aya_jax.train import begin, saved
 
@@ -228,7 +228,7 @@ def _tree_source(name, tree):
     leaf = tree
     for key in path:
       leaf = leaf[key]
-    return huggingface.theirs(np.asarray(leaf if period is None else leaf[period]), path[-1])
+    return cohere2.theirs(np.asarray(leaf if period is None else leaf[period]), path[-1])
 
   return Source(name, read)
 
@@ -239,7 +239,7 @@ def _stacked(shapes, tensors):
     leaf = np.empty(shapes[path], np.float32)
     for _, period, tensor in group:
       part = leaf if period is None else leaf[period]
-      part[...] = huggingface.ours(tensor, part.shape, path[-1])
+      part[...] = cohere2.ours(tensor, part.shape, path[-1])
       del tensor, part
     yield path, leaf
     del leaf  # before the next is made
@@ -336,7 +336,7 @@ def _tree(one):
   """The parameters of an input, NumPy arrays in our tree."""
   import ml_collections
 
-  shapes = huggingface.leaf_shapes(ml_collections.ConfigDict(one.model))
+  shapes = cohere2.leaf_shapes(ml_collections.ConfigDict(one.model))
   source = _folder_source(one) if one.folder else _checkpoint_source(one, shapes)
   tensors = ((path, period, _read(source, path, period)) for path, period in _places(shapes))
   return _nested(_stacked(shapes, tensors))
@@ -435,14 +435,14 @@ def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
 
   cfg = ml_collections.ConfigDict(inputs[0].model)
   shapes, tensors = _opened(inputs, base, recipe)
-  files.refuse_full(workdir, huggingface.size(cfg, config.dtype))
+  files.refuse_full(workdir, cohere2.size(cfg, config.dtype))
   folder, old = workdir / FOLDER, workdir / f".{FOLDER}.old"
   for stale in workdir.glob(f"*.{FOLDER}.*"):  # what a killed merge left
     shutil.rmtree(stale)
-  names = {place: name for name, place in huggingface.tensor_names(cfg).items()}
+  names = {place: name for name, place in cohere2.tensor_names(cfg).items()}
   with huggingface.staged(workdir / f".{FOLDER}.new") as new:
     named = ((names[path, period], tensor) for path, period, tensor in tensors)
-    files.write(new, huggingface.torch_shapes(cfg), named, dtype=config.dtype)
+    files.write(new, cohere2.torch_shapes(cfg), named, dtype=config.dtype)
     if isinstance(texts, pathlib.Path):
       huggingface.copy_texts(new, texts, config.dtype)
     else:
@@ -460,7 +460,7 @@ def _opened(inputs, base, recipe):
   """(shapes of our leaves, the stream of merged tensors)."""
   import ml_collections
 
-  shapes = huggingface.leaf_shapes(ml_collections.ConfigDict(inputs[0].model))
+  shapes = cohere2.leaf_shapes(ml_collections.ConfigDict(inputs[0].model))
   sources = [_folder_source(one) if one.folder else _checkpoint_source(one, shapes) for one in
              ([*inputs, base] if base else inputs)]
   below = sources.pop() if base else None
@@ -470,7 +470,7 @@ def _opened(inputs, base, recipe):
 
 def _folder_source(one):
   tensors, cfg = huggingface.open_folder(one.path)
-  names = {place: name for name, place in huggingface.tensor_names(cfg).items()}
+  names = {place: name for name, place in cohere2.tensor_names(cfg).items()}
 
   def read(path, period):
     return tensors[names[path, period]].read().astype(np.float32, copy=False)
@@ -479,7 +479,6 @@ def _folder_source(one):
 
 
 def _checkpoint_source(one, shapes):
-  from tiny_aya_jax.export import huggingface
   from tiny_aya_jax.train import checkpoint
 
   held, read_leaf = checkpoint.leaves(one.path)
@@ -494,6 +493,6 @@ def _checkpoint_source(one, shapes):
       kept.clear()  # before the next is read
       kept[path] = read_leaf("/".join(path))
     leaf = kept[path] if period is None else kept[path][period]
-    return huggingface.theirs(leaf, path[-1])
+    return cohere2.theirs(leaf, path[-1])
 
   return Source(str(one.path), read)

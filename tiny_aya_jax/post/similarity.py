@@ -21,7 +21,7 @@ import numpy as np
 from tiny_aya_jax import axes, processes, run
 from tiny_aya_jax.data import loader
 from tiny_aya_jax.evaluate import rollups
-from tiny_aya_jax.export import huggingface
+from tiny_aya_jax.export import cohere2
 from tiny_aya_jax.model import bits, divergence as apart
 
 QUANTILES = dict(p10=0.1, p50=0.5, p90=0.9, p99=0.99)
@@ -160,7 +160,7 @@ def structural(cfg, pair, base=None):
   """
   sums = processes.gathered(_sums(*pair, base))
   tensors, kinds = {}, {}
-  for name, (path, period) in huggingface.tensor_names(cfg).items():
+  for name, (path, period) in cohere2.tensor_names(cfg).items():
     tensors[name] = _of(sums, path, period)
     kind = ".".join(part for part in name.split(".")[1:-1] if part != "layers" and not part.isdigit())
     kinds.setdefault(kind, []).append(tensors[name])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, mixture, rules, tokenizer as tokenizers
-from tiny_aya_jax.export import folder
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import fields, remap, saved
 
 
@@ -55,10 +55,10 @@ def decide(config, workdir, plan, tokenizer, step=None):
   run.existing("init_from", config.init_from)
   if config.init_what == "state":
     return _fork(config, plan, tokenizer)
-  if (pathlib.Path(config.init_from) / "config.json").exists():
+  if huggingface.is_folder(config.init_from):
     path, origin = pathlib.Path(config.init_from), None
     if config.loss.kind != "next_token":  # else nobody asks, and the files are large
-      origin = dict(step=0, params=folder.params(path))
+      origin = dict(step=0, params=run.fingerprint(huggingface.digests(path)))
     model, named = _folder(path)
   else:
     path = saved.find(config.init_from)
@@ -76,8 +76,6 @@ def decide(config, workdir, plan, tokenizer, step=None):
 
 def _folder(path):
   """(model, tokenizer) of a Hugging Face folder, whose files are all there and whole."""
-  from tiny_aya_jax.export import huggingface
-
   _, cfg = huggingface.open_folder(path)
   return cfg.to_dict(), tokenizers.load(path / "tokenizer.json")
 

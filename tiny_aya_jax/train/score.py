@@ -11,7 +11,7 @@ import pathlib
 
 from tiny_aya_jax import run
 from tiny_aya_jax.data import loader, shards, tokenizer as tokenizers
-from tiny_aya_jax.export import folder
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
@@ -65,8 +65,8 @@ def check(config, workdir):
       raise run.Refused(f"config.{field} is {config[field]}, expected at least 1")
   path = pathlib.Path(run.existing("checkpoint", config.checkpoint))
   tokenizer, meta = tokenizers.load(run.existing("tokenizer", config.tokenizer)), None
-  if folder.is_one(path):
-    folder.tokenizer(path, config.tokenizer)
+  if huggingface.is_folder(path):
+    huggingface.tokenizer_of(path, config.tokenizer)
   else:
     path = saved.find(path)
     meta = saved.meta(path)
@@ -81,7 +81,7 @@ def check(config, workdir):
       raise run.Refused(f"{what} was made with tokenizer {found[:12]}, {config.tokenizer} is "
                         f"{tokenizer.sha256[:12]}")
   if meta is None:
-    return path, 0, folder.params(path), manifests
+    return path, 0, run.fingerprint(huggingface.digests(path)), manifests
   return path, meta["step"], run.fingerprint(meta["fingerprints"]["params"]), manifests
 
 
@@ -92,7 +92,6 @@ def _references(config, path, manifests):
   import numpy as np
 
   from tiny_aya_jax import axes
-  from tiny_aya_jax.export import huggingface
   from tiny_aya_jax.model import attention, preference
   from tiny_aya_jax.model.transformer import TinyAya
   from tiny_aya_jax.train import checkpoint, fields, proof
@@ -107,7 +106,7 @@ def _references(config, path, manifests):
       preference.references, model=model, J=manifests[0]["pairs"], chunk=config.chunk))
   with jax.set_mesh(mesh):
     proof.check_attention(ml_collections.ConfigDict(config.to_dict() | dict(model=cfg.to_dict())), mesh)
-    if folder.is_one(path):
+    if huggingface.is_folder(path):
       params, _ = huggingface.load(path, lambda tree: jax.tree.map(
           lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
           tree, axes.shardings(mesh, tree)))
@@ -128,10 +127,8 @@ def _references(config, path, manifests):
 def _model(path):
   import ml_collections
 
-  from tiny_aya_jax.export import huggingface
-
-  if folder.is_one(path):
-    return huggingface.config_in(run.read_json(path / "config.json", "Hugging Face folder"), path)
+  if huggingface.is_folder(path):
+    return huggingface.describe(path)[0]
   return ml_collections.ConfigDict(saved.meta(path)["model"])
 
 

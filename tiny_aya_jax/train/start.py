@@ -81,7 +81,7 @@ def start(config, begin, mesh):
     return items | dict(step=jax.device_put(jnp.int32(begin.step), placed["step"]),
                         guard=jax.device_put(kept, placed["guard"]))
   adapters, base = adapter.split(abstract["params"]) if config.adapter.rank else ({}, abstract["params"])
-  if (begin.path / "config.json").exists():
+  if huggingface.is_folder(begin.path):
     params = _from_hugging_face(begin, base)
   elif begin.rows:
     params = _remapped(begin, checkpoint.leaves(begin.path)[1], base)
