@@ -85,7 +85,7 @@ def asked(model, kind, **request):
 
 
 def test_logits_are_ours(model):
-  # The largest seen is 5e-6 of the largest logit: sums in another order.
+  # The most seen is 2.3e-6 of the largest logit (2.1e-5 of 9.0): sums in another order.
   found, _ = asked(model, "F32", tokens=[model.ids, model.ids[:3]])
   expected = ours(model.params, model.cfg, model.ids)
   largest = np.abs(expected).max()
@@ -96,7 +96,7 @@ def test_logits_are_ours(model):
 
 @pytest.mark.parametrize("kind, most", [("F16", 5e-3), ("BF16", 4e-2)])
 def test_logits_of_half_precision_are_ours_as_far_as_llama_cpp_computes_in_it(kind, most, model):
-  # It rounds what is multiplied with such weights to their type as well.
+  # It rounds what is multiplied with such weights to their type as well: 3.7e-3 and 2.4e-2 were seen.
   found, params = asked(model, kind, tokens=[model.ids])
   expected = ours(params, model.cfg, model.ids)
   assert np.abs(found["logits_0"] - expected).max() < most * np.abs(expected).max()
