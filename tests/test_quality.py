@@ -52,7 +52,7 @@ def test_rows_of_another_tokenizer_are_refused(rows, tokenizer, monkeypatch):
 def test_the_table_names_who_loses_most():
   found = dict(F16=dict(deu_Latn=1.0, hin_Deva=2.0, tur_Latn=3.0),
                Q4_0=dict(deu_Latn=1.5, hin_Deva=2.1, tur_Latn=2.9))
-  files = {kind: dict(bytes=3_200_000, bits_per_weight=4.5) for kind in found}
+  files = {kind: dict(bytes=3_200_000, bits_per_weight=4.5, types=dict(Q4_0=28, F32=5)) for kind in found}
   made = quality.record(found, "F16", files)
   row = made["kinds"]["Q4_0"]
   assert row["mean"] == pytest.approx(6.5 / 3) and row["difference"] == pytest.approx(0.5 / 3)
@@ -60,7 +60,7 @@ def test_the_table_names_who_loses_most():
   assert next(iter(row["worst"])) == "tur_Latn" and row["poorest"] == 2.9
   assert made["kinds"]["F16"]["difference"] == 0 and made["kinds"]["F16"]["lost"] == {}
   assert quality.markdown(made).split("\n")[3] == (
-      "| Q4_0 | 3.2 | 4.50 | 2.1667 | 0.5735 | tur_Latn 2.9000 | +0.1667 | "
+      "| Q4_0 | 3.2 | 4.50 | 28 Q4_0, 5 F32 | 2.1667 | 0.5735 | tur_Latn 2.9000 | +0.1667 | "
       "deu_Latn +0.5000, hin_Deva +0.1000, tur_Latn -0.1000 |")
   with pytest.raises(run.Refused, match="unknown unquantised kind 'F32'"):
     quality.table(found, "F32")
