@@ -318,3 +318,10 @@ def test_a_file_that_lacks_a_tensor_is_refused(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(gguf, "names", lambda cfg: names(cfg) | {"blk.8.attn_q.weight": None})
   with pytest.raises(run.Refused, match="1 tensors are missing or unknown, such as .'blk.8.attn_q.weight'"):
     gguf.read(tmp_path / "model.gguf")
+
+
+def test_a_tensor_of_another_shape_is_refused(folder, tmp_path, monkeypatch):
+  gguf.write(tmp_path / "model.gguf", folder, "F16")
+  monkeypatch.setattr(gguf, "_config", lambda *_: config(F=128))
+  with pytest.raises(run.Refused, match=r"ffn_gate.weight has shape \(96, 64\), expected \(128, 64\)"):
+    gguf.read(tmp_path / "model.gguf")
