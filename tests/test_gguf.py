@@ -278,9 +278,11 @@ def test_a_write_that_is_cut_short_leaves_the_file_that_was_there(folder, tmp_pa
   assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_larger_than_the_memory_is_written(tokenizer, tmp_path):
+def test_a_file_larger_than_the_memory_is_written(tokenizer, tmp_path, monkeypatch):
   cfg = config(D=256, H=64, F=1024, L=1)
   folder = exported(tmp_path, random_params(cfg, seed=1), cfg, tokenizer)
+  vocabulary = vocabularies.read(folder / "tokenizer.json", V)  # slow where memory is traced
+  monkeypatch.setattr(vocabularies, "read", lambda *_: vocabulary)
   tracemalloc.start()
   try:
     gguf.write(tmp_path / "model.gguf", folder, "F32")
@@ -315,4 +317,11 @@ def test_a_file_that_lacks_a_tensor_is_refused(folder, tmp_path, monkeypatch):
   names = gguf.names
   monkeypatch.setattr(gguf, "names", lambda cfg: names(cfg) | {"blk.8.attn_q.weight": None})
   with pytest.raises(run.Refused, match="1 tensors are missing or unknown, such as .'blk.8.attn_q.weight'"):
+    gguf.read(tmp_path / "model.gguf")
+
+
+def test_a_tensor_of_another_shape_is_refused(folder, tmp_path, monkeypatch):
+  gguf.write(tmp_path / "model.gguf", folder, "F16")
+  monkeypatch.setattr(gguf, "_config", lambda *_: config(F=128))
+  with pytest.raises(run.Refused, match=r"ffn_gate.weight has shape \(96, 64\), expected \(128, 64\)"):
     gguf.read(tmp_path / "model.gguf")

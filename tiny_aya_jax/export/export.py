@@ -182,15 +182,19 @@ def _quantised(folder, source, config, manifests):
   paths = {kind: folder / f"{config.name}-{kind}.gguf" for kind in config.gguf.kinds}
   whole = dict(bfloat16="BF16", float16="F16", float32="F32")[config.dtype]  # as the folder has them
   base = paths.get(whole, folder.parent / f"{whole}.gguf")  # not in the folder if nobody asked for it
-  gguf.write(base, folder, whole, pre=config.gguf.pre)
+  vocabulary = gguf.write(base, folder, whole, pre=config.gguf.pre)["vocabulary"]
+  if vocabulary["differs"]:
+    run.say(f"llama.cpp's tokenizer {vocabulary['pre']} differs from this one: {vocabulary['differs']}")
   python = runtimes.find("llama_cpp", config.proof.llama_cpp)
   for kind, path in paths.items():
     if kind in runtimes.QUANTIZED:
       runtimes.quantize(python, base, path, kind)
     elif path != base:
       gguf.write(path, folder, kind, pre=config.gguf.pre)
-  readers = proof.prove_gguf(folder, whole, {whole: base} | paths, source.cfg, source.tokenizer, config.proof, python)
+  readers = proof.prove_gguf(folder, whole, {whole: base} | paths, source.cfg, source.tokenizer, config.proof, python,
+                             vocabulary["differs"])
   lines = [f"- {path.name}: {path.stat().st_size / 1e6:,.1f} MB" for path in paths.values()]
+  differs = ["", f"llama.cpp's own tokenizer differs: {vocabulary['differs']}."] if vocabulary["differs"] else []
   if manifests:
     found = quality.bits_per_byte({whole: base} | paths, config.gguf.rows, source.tokenizer,
                                   batch=config.gguf.batch, chunk=config.gguf.chunk)
@@ -200,7 +204,7 @@ def _quantised(folder, source, config, manifests):
              "pass; every language is in `quantisation.json`."]
   if base not in paths.values():
     base.unlink()
-  return dict(files=[path.name for path in paths.values()], readers=readers, lines=lines)
+  return dict(files=[path.name for path in paths.values()], readers=readers, lines=lines + differs)
 
 
 def _adapter(folder, source, config):

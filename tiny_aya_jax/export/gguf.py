@@ -1,9 +1,10 @@
 """GGUF files for llama.cpp: written from a finished Cohere2 folder, tensor by tensor, and read back.
 
 Kinds are the gguf package's own: F32, F16, BF16, Q8_0 and Q4_0. K-quants are made of such a file by
-llama.cpp itself (runtimes.quantize). llama.cpp's rotary pairs are interleaved here, as ours: no matrix
-is permuted. Norms are F32 in every kind. The token embedding is the head too, and in Q4_0 it is Q8_0:
-an error there falls on every logit at once, and llama.cpp's own Q4_0 keeps the head above 4 bits.
+llama.cpp itself (runtimes.quantize). llama.cpp's rotary pairs are interleaved here, as ours: no
+matrix is permuted. Norms are F32 in every kind. The token embedding is the head too, and in Q4_0 it
+is Q8_0: an error there falls on every logit at once, and llama.cpp's own Q4_0 keeps the head above 4
+bits as well.
 """
 
 import collections
@@ -22,11 +23,16 @@ BLOCK = dict(
     norm_D="attn_norm", q_DNH="attn_q", k_DKH="attn_k", v_DKH="attn_v", o_NHD="attn_output",
     gate_DF="ffn_gate", up_DF="ffn_up", down_FD="ffn_down",
 )
-KINDS = dict(F32="ALL_F32", F16="MOSTLY_F16", BF16="MOSTLY_BF16", Q8_0="MOSTLY_Q8_0", Q4_0="MOSTLY_Q4_0")
+KINDS = dict(
+    F32="ALL_F32", F16="MOSTLY_F16", BF16="MOSTLY_BF16", Q8_0="MOSTLY_Q8_0", Q4_0="MOSTLY_Q4_0",
+)
 BLOCKED = ("Q8_0", "Q4_0")
 SIDE = 32  # weights that share a scale in BLOCKED, along a row
 # The largest weight that a kind can hold: of blocks, what their float16 scale can.
-LARGEST = dict(F32=math.inf, F16=65504.0, BF16=3.3895313892515355e38, Q8_0=127 * 65504.0, Q4_0=8 * 65504.0)
+HALF = 65504.0
+LARGEST = dict(
+    F32=math.inf, F16=HALF, BF16=3.3895313892515355e38, Q8_0=127 * HALF, Q4_0=8 * HALF,
+)
 AT_ONCE = 1 << 22  # weights that are encoded or decoded together
 CONTEXT = 8192  # max_position_embeddings of transformers' class, where config.json is silent
 EOT, EOM = "<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|>"
@@ -36,53 +42,43 @@ def check(cfg, kind):
   """Refuses a model that llama.cpp's cohere2 or this kind cannot hold; needs no jax."""
   run.choose("GGUF kind", kind, KINDS)
   if cfg.N * cfg.H != cfg.D:
-    raise run.Refused(f"llama.cpp's cohere2 has heads that make up the width: {cfg.N} heads of {cfg.H} are "
-                      f"{cfg.N * cfg.H}, D is {cfg.D}")
+    raise run.Refused(f"llama.cpp's cohere2 has heads that make up the width: {cfg.N} heads of "
+                      f"{cfg.H} are {cfg.N * cfg.H}, D is {cfg.D}")
   odd = [f"{letter} = {cfg[letter]}" for letter in "DF" if kind in BLOCKED and cfg[letter] % SIDE]
   if odd:
-    raise run.Refused(f"{kind} has one scale for {SIDE} weights of a row: {' and '.join(odd)} is no multiple of "
-                      f"{SIDE}; write F16 or BF16")
+    raise run.Refused(f"{kind} has one scale for {SIDE} weights of a row: {' and '.join(odd)} is no "
+                      f"multiple of {SIDE}; write F16 or BF16")
 
 
 def write(path, folder, kind, *, pre=None):
   """Writes the Cohere2 folder as the GGUF file `path`: all of it, or nothing.
 
   Returns facts(path) and "vocabulary": dict(model, pre, used, padding, joined, differs), as in
-  vocabulary.Vocabulary. kind: of KINDS. pre: llama.cpp's name of a byte-level tokenizer's pre-tokenizer, where it is not
-  recognised. No more than one tensor is in memory. Refuses what `check` and vocabulary.read do, and
-  weights that the kind cannot hold.
+  vocabulary.Vocabulary. kind: of KINDS. pre: llama.cpp's name of a byte-level tokenizer's
+  pre-tokenizer, where it is not recognised. No more than one tensor is in memory. Refuses what
+  `check` and vocabulary.read do, and weights that the kind cannot hold.
   """
   gguf, path, folder = _package(), pathlib.Path(path), pathlib.Path(folder)
   tensors, cfg = huggingface.open_folder(folder)
   check(cfg, kind)
   vocabulary = vocabularies.read(folder / "tokenizer.json", cfg.V, pre)
   writer = gguf.GGUFWriter(None, "cohere2")
-  _describe(writer, gguf, path, folder, cfg, vocabulary, kind)
+  _describe(writer, gguf, folder, cfg, vocabulary, kind)
   placed = names(cfg)
-  for name, ours in placed.items():
-    _announce(writer, gguf, cfg, name, ours, kind)
-  temporary = path.with_name(f".{path.name}.tmp")  # what a killed one leaves, the next writes over
-  try:
-    writer.write_header_to_file(temporary)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for theirs, name in zip(cohere2.tensor_names(cfg), placed, strict=True):
-      writer.write_tensor_data(_encoded(gguf, tensors[theirs].read().astype(np.float32, copy=False), _type(name, kind), name))
-    writer.fout[0].flush()
-    os.fsync(writer.fout[0].fileno())
-    writer.close()
-    os.replace(temporary, path)
-  except BaseException:
-    writer.close()
-    temporary.unlink(missing_ok=True)
-    raise
-  described = dict(model=vocabulary.model, pre=vocabulary.pre, used=vocabulary.used,
-                   padding=cfg.V - vocabulary.used, joined=vocabulary.joined, differs=vocabulary.differs)
+  for name, place in placed.items():
+    _announce(writer, gguf, cfg, name, place, kind)
+  parts = (_encoded(gguf, tensors[theirs].read().astype(np.float32, copy=False), _type(name, kind), name)
+           for theirs, name in zip(cohere2.tensor_names(cfg), placed, strict=True))
+  _stream(writer, path, parts)
+  described = dict(
+      model=vocabulary.model, pre=vocabulary.pre, used=vocabulary.used,
+      padding=cfg.V - vocabulary.used, joined=vocabulary.joined, differs=vocabulary.differs,
+  )
   return facts(path) | dict(vocabulary=described)
 
 
 def names(cfg):
-  """{GGUF's name: (path in our tree, index of the period or None)}, in cohere2.tensor_names' order."""
+  """{GGUF's name: (path in our tree, period or None)}, in the order of cohere2.tensor_names."""
   named = {}
   for path, period in cohere2.tensor_names(cfg).values():
     if period is None:
@@ -94,13 +90,14 @@ def names(cfg):
 
 
 def facts(path):
-  """dict(kind, bytes, weights, bits_per_weight, types {GGUF's type: tensors}) of a file, whoever wrote it."""
+  """dict(kind, bytes, weights, bits_per_weight, types {type: tensors}) of a file, whoever wrote it."""
   gguf, path = _package(), pathlib.Path(path)
   reader = _open(gguf, path)
   types = collections.Counter(tensor.tensor_type.name for tensor in reader.tensors)
   weights = sum(tensor.n_elements for tensor in reader.tensors)
+  kind = gguf.LlamaFileType(_field(reader, "general.file_type", path)).name
   return dict(
-      kind=gguf.LlamaFileType(_field(reader, "general.file_type", path)).name.removeprefix("MOSTLY_").removeprefix("ALL_"),
+      kind=kind.removeprefix("MOSTLY_").removeprefix("ALL_"),
       bytes=path.stat().st_size, weights=weights,
       bits_per_weight=8 * sum(tensor.n_bytes for tensor in reader.tensors) / weights,
       types=dict(types.most_common()),
@@ -125,16 +122,11 @@ def read(path):
   for name, (at, period) in placed.items():
     leaf = leaves[at] if period is None else leaves[at][period]
     value = _decoded(gguf, tensors[name])
-    if value.size != leaf.size or value.shape[-1] != (leaf.shape[-1] if leaf.ndim == 1 else _inputs(cfg, at[-1])):
-      raise run.Refused(f"{path}: {name} has shape {value.shape}, expected {leaf.shape} of our {at[-1]}")
+    if value.shape != _stored_shape(cfg, at[-1]):
+      raise run.Refused(f"{path}: {name} has shape {value.shape}, expected "
+                        f"{_stored_shape(cfg, at[-1])}")
     leaf[...] = cohere2.ours(value, leaf.shape, at[-1])
-  params = {}
-  for (*parents, name), leaf in leaves.items():
-    node = params
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return params, cfg
+  return cohere2.tree(leaves.items()), cfg
 
 
 def decoded(path, cfg):
@@ -156,11 +148,11 @@ def _package():
 # --- writing ------------------------------------------------------------------------------------
 
 
-def _describe(writer, gguf, path, folder, cfg, vocabulary, kind):
-  """The file's keys: llama.cpp needs all but the first three, and rope's last."""
+def _describe(writer, gguf, folder, cfg, vocabulary, kind):
+  """The file's keys; llama.cpp would guess some of them, and here it need not."""
   config = run.read_json(folder / "config.json", "Hugging Face folder")
   writer.add_type("model")
-  writer.add_name(path.stem)
+  writer.add_name(folder.resolve().name)
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
   writer.add_vocab_size(cfg.V)
@@ -196,7 +188,7 @@ def _describe_tokenizer(writer, config, folder, vocabulary):
                     (writer.add_pad_token_id, config.get("pad_token_id")),
                     (writer.add_unk_token_id, specials.get("<UNK>")),
                     (writer.add_eot_token_id, specials.get(EOT)),
-                    (writer.add_eom_token_id, specials.get(EOM))):  # llama.cpp stops at any of the last three
+                    (writer.add_eom_token_id, specials.get(EOM))):  # eos, eot, eom: it stops at each
     if id is not None:
       write(id[0] if isinstance(id, list) else id)
   writer.add_add_bos_token(True)
@@ -215,6 +207,26 @@ def _template(folder):
   return None
 
 
+def _stream(writer, path, parts):
+  """Writes what was announced and `parts`, one a tensor, under another name until it is whole."""
+  temporary = path.with_name(f".{path.name}.tmp")  # what a killed one leaves, the next writes over
+  try:
+    writer.write_header_to_file(temporary)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for part in parts:
+      writer.write_tensor_data(part)
+      del part  # before the next is made
+    writer.fout[0].flush()
+    os.fsync(writer.fout[0].fileno())
+    writer.close()
+    os.replace(temporary, path)
+  except BaseException:
+    writer.close()
+    temporary.unlink(missing_ok=True)
+    raise
+
+
 def _type(name, kind):
   """The GGUF type of a tensor in a file of a kind."""
   if name.endswith("norm.weight"):
@@ -223,24 +235,27 @@ def _type(name, kind):
 
 
 def _announce(writer, gguf, cfg, name, place, kind):
-  leaf = place[0][-1]
-  size = math.prod(getattr(cfg, letter) for letter in leaf.rpartition("_")[2])
-  shape = (size,) if leaf == "norm_D" else (size // _inputs(cfg, leaf), _inputs(cfg, leaf))
+  shape = _stored_shape(cfg, place[0][-1])
   type = gguf.GGMLQuantizationType[_type(name, kind)]
   block, stored = gguf.GGML_QUANT_SIZES[type]
-  writer.add_tensor_info(name, shape, np.dtype(np.float32), size // block * stored, raw_dtype=type)
+  writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * stored,
+                         raw_dtype=type)
 
 
-def _inputs(cfg, leaf):
-  """Length of a row: what a matrix multiplies."""
-  return cfg.N * cfg.H if leaf == "o_NHD" else cfg.F if leaf == "down_FD" else cfg.D
+def _stored_shape(cfg, leaf):
+  """[out, in], as torch's; a row is what the matrix multiplies."""
+  if leaf == "norm_D":
+    return (cfg.D,)
+  inputs = cfg.N * cfg.H if leaf == "o_NHD" else cfg.F if leaf == "down_FD" else cfg.D
+  return math.prod(cfg[letter] for letter in leaf.rpartition("_")[2]) // inputs, inputs
 
 
 def _encoded(gguf, value, type, name):
   """fp32 [out, in] or [D] -> its bytes in a GGUF type, by the gguf package, some rows at a time."""
   largest = float(np.abs(value).max())
   if not largest <= LARGEST[type] or not math.isfinite(largest):
-    raise run.Refused(f"{name} holds {largest:.4g}, {type} at most {LARGEST[type]:.4g}: write another kind")
+    raise run.Refused(f"{name} holds {largest:.4g}, {type} at most {LARGEST[type]:.4g}: write "
+                      "another kind")
   type = gguf.GGMLQuantizationType[type]
   if type == gguf.GGMLQuantizationType.F32:
     return value
@@ -250,8 +265,9 @@ def _encoded(gguf, value, type, name):
 
 def _decoded(gguf, tensor):
   """A tensor of the reader -> fp32 in torch's shape."""
+  decode = lambda rows: gguf.quants.dequantize(rows, tensor.tensor_type)
   try:
-    return _by_rows(lambda rows: gguf.quants.dequantize(rows, tensor.tensor_type), tensor.data, np.float32)
+    return _by_rows(decode, tensor.data, np.float32)
   except NotImplementedError as error:
     raise run.Refused(f"{tensor.name} is {tensor.tensor_type.name}: {error}") from None
 
@@ -273,8 +289,19 @@ def _by_rows(function, value, dtype):
 
 
 def _open(gguf, path):
+  """The package's reader without lists of texts: those of 262,144 tokens take 12 s and 850 MB."""
+  class Reader(gguf.GGUFReader):
+    def _get_field_parts(self, begin, kind):
+      texts = gguf.GGUFValueType.STRING
+      if kind != gguf.GGUFValueType.ARRAY or self._get(begin, np.uint32)[0] != texts:
+        return super()._get_field_parts(begin, kind)
+      view, at = memoryview(self.data), begin + 12  # behind the type and the count
+      for _ in range(int(self._get(begin + 4, np.uint64)[0])):
+        at += 8 + int.from_bytes(view[at : at + 8], "little")
+      return at - begin, [], [], [gguf.GGUFValueType.ARRAY, texts]
+
   try:
-    return gguf.GGUFReader(path)
+    return Reader(path)
   except FileNotFoundError:
     raise run.Refused(f"{path} does not exist") from None
   except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:

@@ -57,10 +57,11 @@ def prove(folder, leaves, cfg, dtype, tokenizer, asked):
       largest_logit_difference=max(figures), readers=readers)
 
 
-def prove_gguf(folder, whole, paths, cfg, tokenizer, asked, python):
+def prove_gguf(folder, whole, paths, cfg, tokenizer, asked, python, differs):
   """Compares GGUF files {kind: path} with the folder they were made of; `whole` is the kind that rounds nothing.
 
   Returns {kind: figures}; with llama.cpp (its `python`) also how far its predictions are from ours.
+  differs: in which texts its own tokenizer is known to give other ids, '' for none: then they are counted.
   """
   held, _ = huggingface.open_folder(folder)
   for theirs, value in gguf.decoded(paths[whole], cfg):
@@ -74,9 +75,12 @@ def prove_gguf(folder, whole, paths, cfg, tokenizer, asked, python):
   expected, found = ours(folder, cfg, rows), {}
   for kind, path in paths.items():
     answer = runtimes.ask("llama_cpp", python, path, dict(tokens=rows, texts=texts))
-    _same_ids(f"llama.cpp on {path.name}", [answer[f"ids_{at}"].tolist() for at in range(len(texts))], tokenizer, texts)
+    ids = [answer[f"ids_{at}"].tolist() for at in range(len(texts))]
+    if not differs:
+      _same_ids(f"llama.cpp on {path.name}", ids, tokenizer, texts)
+    other = sum(theirs != mine for theirs, mine in zip(ids, tokenizer.encode_many(texts)))
     found[kind] = _apart(kind == "F32", path, [answer[f"logits_{at}"] for at in range(len(rows))], expected) | dict(
-        texts=len(texts), version=answer["versions"])
+        texts=len(texts), texts_of_other_ids=other, version=answer["versions"])
   return found
 
 

@@ -1,7 +1,7 @@
 """Other runtimes, asked in a process of their own: transformers, llama.cpp (llama_cpp), MLX (mlx).
 
-Each may live in another environment: `find` gives the Python that has it, `ask` runs witness.py there.
-What is asked and answered is described in witness.py. Nothing here needs jax.
+Each may live in another environment: `find` gives the Python that has it, `ask` runs witness.py
+there, which describes questions and answers. Nothing here needs jax.
 """
 
 import json

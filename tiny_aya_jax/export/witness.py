@@ -6,11 +6,11 @@
 PYTHON need have no more than NumPy and that runtime: this file imports nothing of the package, which
 asks through runtimes.py. All arithmetic is on the CPU and in fp32 where the file's weights are.
 
-  REQUEST  tokens [[id]], texts [str], greedy {prompts [[id]], steps}, score [[id]], vocabulary_only;
-           each may be left out
+  REQUEST  tokens [[id]], texts [str], greedy {prompts [[id]], steps}, score [[id]],
+           vocabulary_only; each may be left out
   ANSWER   logits_<i> float32 [T, V]; ids_<i> int32, no BOS, special tokens' names being text;
-           greedy_<i> int32 [steps], nothing stops it; nats_<i> float64, the sum of -log p(next) over a
-           row; versions, JSON
+           greedy_<i> int32 [steps], nothing stops it; nats_<i> float64, the sum of -log p(next)
+           over a row; versions, JSON
 """
 
 import json
@@ -25,8 +25,11 @@ import numpy as np
 def main(runtime, model, request, answer):
   with open(request, encoding="utf-8") as file:
     asked = json.load(file)
-  encode, predict, versions = dict(transformers=transformers, llama_cpp=llama_cpp, mlx=mlx)[runtime](model, asked)
-  found = {f"ids_{i}": np.asarray(encode(text), np.int32) for i, text in enumerate(asked.get("texts", ()))}
+  opened = dict(transformers=transformers, llama_cpp=llama_cpp, mlx=mlx)[runtime]
+  encode, predict, versions = opened(model, asked)
+  found = {}
+  for i, text in enumerate(asked.get("texts", ())):
+    found[f"ids_{i}"] = np.asarray(encode(text), np.int32)
   for i, ids in enumerate(asked.get("tokens", ())):
     found[f"logits_{i}"] = np.asarray(predict(ids, fresh=True), np.float32)
   greedy = asked.get("greedy", dict(prompts=(), steps=0))
@@ -106,12 +109,13 @@ def mlx(folder, asked):
   from mlx_lm.models.cache import make_prompt_cache
 
   mx.set_default_device(mx.cpu)
-  model, tokenizer = mlx_lm.load(folder)
+  model, tokenizer = mlx_lm.load(folder, lazy=True)
   model.update(tree_map(lambda x: x.astype(mx.float32), model.parameters()))
   kept = {}
 
   def encode(text):
-    return tokenizer._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    found = tokenizer._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    return found["input_ids"]
 
   def predict(ids, fresh):
     if fresh:
