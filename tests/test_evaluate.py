@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import ml_collections
 import pytest
 
 from conftest import ROOT, call
@@ -87,7 +88,7 @@ def columns(workdir):
 def whole(data, place, sets, tmp_path_factory):
   """All tasks of a checkpoint and of the same as a Hugging Face folder, on eight devices."""
   workdir, params = tmp_path_factory.mktemp("evaluation"), checkpoint.restore_params(place)[0]
-  cfg = huggingface.ml_collections.ConfigDict(saved.meta(place)["model"])
+  cfg = ml_collections.ConfigDict(saved.meta(place)["model"])
   tokenizer = tokenizers.load(data / "tokenizer.model")
   huggingface.write(workdir / "exported", params, cfg, tokenizer)
   assert call("evaluate", "evaluate.py:tiny", workdir, *arguments(

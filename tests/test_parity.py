@@ -94,9 +94,9 @@ SWAPPED = dict(
 def test_an_error_that_agrees_with_itself_is_caught_by_the_reader(whole, tokenizer, tmp_path, monkeypatch, wrong):
   _, params, cfg = whole
   if wrong == "layers":
-    monkeypatch.setattr(huggingface, "LAYER", cohere2.LAYER | SWAPPED["layers"])
+    monkeypatch.setattr(cohere2, "LAYER", cohere2.LAYER | SWAPPED["layers"])
   else:
-    monkeypatch.setattr(huggingface, "BLOCKS", SWAPPED["blocks"])
+    monkeypatch.setattr(cohere2, "BLOCKS", SWAPPED["blocks"])
   huggingface.write(tmp_path / "out", params, cfg, tokenizer, dtype="bfloat16")
   back, _ = huggingface.read(tmp_path / "out")  # a round trip sees nothing
   np.testing.assert_array_equal(back["periods"]["full"]["up_DF"], np.asarray(

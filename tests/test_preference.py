@@ -225,7 +225,7 @@ def test_a_hugging_face_folder_scores_as_its_checkpoint_and_only_it_may_be_tuned
     (small / name).write_bytes((tmp_path / "one" / name).read_bytes())
   run.write_json(small / "config.json", run.read_json(small / "config.json", "") | dict(vocab_size=599))
   assert score(stage, data, small, "--config.stage=small") == 65
-  assert "has 600 ids, the embedding of" in capsys.readouterr().err
+  assert "has 600 ids, the embedding only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("record, words", [

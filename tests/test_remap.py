@@ -66,7 +66,7 @@ def toy_tokenizer(pieces, specials=()):
     return found
 
   return tokenizers.Tokenizer(
-      __file__, pieces, {name: id for id, name in enumerate(specials)}, lambda texts: [*map(encode, texts)], None)
+      __file__, pieces, {name: id for id, name in enumerate(specials)}, {}, lambda texts: [*map(encode, texts)], None)
 
 
 def test_the_same_pieces_in_another_order_are_the_same_rows_and_the_same_logits(cfg, old, shuffled):

@@ -118,7 +118,7 @@ def _of_checkpoint(config):
     expected = {"/".join(place): shape for place, shape in cohere2.leaf_shapes(cfg).items()}
     if odd := sorted({name for name, _ in shapes.items() ^ expected.items()}):
       raise saved.Damaged(f"{path}: params differs from its model in {len(odd)} arrays, e.g. {odd[0]}")
-    for place in cohere2.leaf_shapes(cfg):
+    for place in run.progress(cohere2.leaf_shapes(cfg), "export"):
       yield place, read_leaf("/".join(place))
 
   return Source(path, cfg, meta["T"], tokenizer, meta["fingerprints"]["params"], meta.get("adapter"), leaves, None)
@@ -134,7 +134,7 @@ def _of_folder(config):
 
   def leaves():
     shapes, read_leaf, _ = huggingface.leaves(path)
-    for place in shapes:
+    for place in run.progress(shapes, "export"):
       yield place, read_leaf(place)
 
   return Source(path, cfg, T, tokenizer, huggingface.digests(path), None, leaves, path)
@@ -144,8 +144,7 @@ def _merged(folder, source, config):
   """Writes and proves the folder."""
   from tiny_aya_jax.export import proof
 
-  found = run.progress(source.leaves(), "export", total=len(cohere2.leaf_shapes(source.cfg)))
-  huggingface.write_leaves(folder, found, source.cfg, config.dtype)
+  huggingface.write_leaves(folder, source.leaves(), source.cfg, config.dtype)
   if source.texts:
     huggingface.copy_texts(folder, source.texts, config.dtype)
   else:
