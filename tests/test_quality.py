@@ -20,7 +20,7 @@ def rows(tokenizer, monkeypatch):
   """Eight packed rows of three languages, where the loader would read them."""
   batch = random_batch(V, ((20,), (7, 13), (5, 15), (20,), (20,), (9, 9), (20,), (3,)), 20, seed=1)
   batch["source_B"] = np.array([0, 0, 1, 1, 2, 2, 2, -1], np.int32)
-  manifests = [dict(language=code, tokenizer_sha256=tokenizer.sha256) for code in LANGUAGES]
+  manifests = [dict(language=code, rows=1, tokenizer_sha256=tokenizer.sha256) for code in LANGUAGES]
   monkeypatch.setattr(loader, "read_manifests", lambda folder: manifests)
   monkeypatch.setattr(loader, "every_row_once", lambda *_: iter([batch]))
   return batch

@@ -20,7 +20,7 @@ from tiny_aya_jax.model.transformer import TinyAya
 MOST = 5  # languages that are named
 
 
-def bits_per_byte(models, rows, tokenizer, *, batch, chunk, mesh=None, attention="reference"):
+def bits_per_byte(models, rows, tokenizer, *, batch, chunk, mesh=None, attention="chunked"):
   """{kind: path of a GGUF file}, folder of packed rows -> {kind: {language: bits per byte}}.
 
   Every row counts once. One model is in memory at a time. batch: rows at once; chunk: positions
