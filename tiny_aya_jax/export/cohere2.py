@@ -150,33 +150,43 @@ def config_in(config, folder):
 
 
 def config_out(cfg, tokenizer, dtype):
-  """Model ConfigDict -> config.json that transformers 4.57 and 5.x read alike."""
-  return dict(
-      architectures=["Cohere2ForCausalLM"],
-      model_type="cohere2",
-      attention_bias=False,
+  """Model ConfigDict -> config.json."""
+  return described(cfg) | dict(
       attention_dropout=0.0,
       bos_token_id=tokenizer.special("<BOS_TOKEN>"),
       eos_token_id=tokenizer.special("<EOS_TOKEN>"),
       pad_token_id=tokenizer.special("<PAD>"),
+      initializer_range=0.02,
+      max_position_embeddings=MOST_T,
+      torch_dtype=dtype,
+      use_cache=True,
+  )
+
+
+def described(cfg):
+  """What of config.json describes the model, every field of it: transformers 4.57 and 5.x read it alike.
+
+  4.57 and MLX read rope_theta, 5.x rope_parameters; 4.57 takes 10,000 where only 5.x's is there.
+  """
+  return dict(
+      architectures=["Cohere2ForCausalLM"],
+      model_type="cohere2",
+      attention_bias=False,
       head_dim=cfg.H,
       hidden_act="silu",
       hidden_size=cfg.D,
-      initializer_range=0.02,
       intermediate_size=cfg.F,
       layer_norm_eps=cfg.norm_epsilon,
       layer_types=_layer_types(4 * cfg.L),
       logit_scale=cfg.logit_scale,
-      max_position_embeddings=MOST_T,
       num_attention_heads=cfg.N,
       num_hidden_layers=4 * cfg.L,
       num_key_value_heads=cfg.K,
       rope_theta=cfg.rope_theta,
       rope_parameters=dict(rope_type="default", rope_theta=cfg.rope_theta),
       sliding_window=cfg.window,
+      sliding_window_pattern=4,  # MLX reads this, and not layer_types
       tie_word_embeddings=True,
-      torch_dtype=dtype,
-      use_cache=True,
       vocab_size=cfg.V,
   )
 

@@ -146,7 +146,7 @@ def _merged(folder, source, config):
 
   huggingface.write_leaves(folder, source.leaves(), source.cfg, config.dtype)
   if source.texts:
-    huggingface.copy_texts(folder, source.texts, config.dtype)
+    huggingface.copy_texts(folder, source.cfg, source.texts, config.dtype)
   else:
     huggingface.write_texts(folder, source.cfg, source.tokenizer, config.dtype)
   return proof.prove(folder, source.leaves(), source.cfg, config.dtype, source.tokenizer, config.proof)

@@ -258,16 +258,17 @@ def write_texts(folder, cfg, tokenizer, dtype):
   run.write_text(folder / "chat_template.jinja", chat.TEMPLATE)
 
 
-def copy_texts(folder, source, dtype):
-  """All that a folder has besides its weights, as another has it; but see TOKENIZER_CLASS."""
+def copy_texts(folder, cfg, source, dtype):
+  """All that a folder has besides its weights, as another has it; but what describes the model is
+  written anew, and see TOKENIZER_CLASS."""
   source = pathlib.Path(source)
   for name in TEXTS:
     if (source / name).exists():
       shutil.copyfile(source / name, folder / name)
   facts = run.read_json(source / "config.json", "Hugging Face folder")
   old = [name for name in ("torch_dtype", "dtype") if name in facts]  # of transformers 4, of 5
-  own = dict(attention_bias=False) if "attention_bias" in facts else {}  # biases were zero: left out
-  run.write_json(folder / "config.json", facts | dict.fromkeys(old or ["torch_dtype"], dtype) | own)
+  run.write_json(folder / "config.json",
+                 facts | dict.fromkeys(old or ["torch_dtype"], dtype) | cohere2.described(cfg))
   if not (folder / "tokenizer_config.json").exists():
     return
   facts = run.read_json(folder / "tokenizer_config.json", "Hugging Face folder")

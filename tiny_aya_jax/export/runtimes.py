@@ -4,6 +4,7 @@ Each may live in another environment: `find` gives the Python that has it, `ask`
 there, which describes questions and answers. Nothing here needs jax.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -26,13 +27,21 @@ def find(name, python=None):
 
   python: of another environment; one that cannot is Refused with what it said.
   """
-  run.choose("runtime", name, PACKAGES)
-  tried = _call([python or sys.executable, "-c", f"import numpy, {PACKAGES[name]}"], where=None)
-  if tried.returncode == 0:
+  packages = PACKAGES[run.choose("runtime", name, PACKAGES)]
+  if python is None and not all(run.installed(package.split(".")[0]) for package in packages.split(", ")):
+    return None
+  wrong = _import_error(str(python or sys.executable), packages)
+  if wrong is None:
     return str(python or sys.executable)
   if python is None:
     return None
-  raise run.Refused(f"{python} cannot import {PACKAGES[name]}: {_last_line(tried)}")
+  raise run.Refused(f"{python} cannot import {packages}: {wrong}")
+
+
+@functools.cache
+def _import_error(python, packages):
+  tried = _call([python, "-c", f"import numpy, {packages}"], where=None)
+  return _last_line(tried) if tried.returncode else None
 
 
 def ask(name, python, model, request):

@@ -444,7 +444,7 @@ def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
     named = ((names[path, period], tensor) for path, period, tensor in tensors)
     files.write(new, cohere2.torch_shapes(cfg), named, dtype=config.dtype)
     if isinstance(texts, pathlib.Path):
-      huggingface.copy_texts(new, texts, config.dtype)
+      huggingface.copy_texts(new, cfg, texts, config.dtype)
     else:
       huggingface.write_texts(new, cfg, texts, config.dtype)
     run.write_json(new / "merge.json", facts | dict(bytes=_sizes(new)))
