@@ -22,6 +22,9 @@ from tiny_aya_jax.train import saved
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 
 
+UNQUANTISED = dict(bfloat16="BF16", float16="F16", float32="F32")  # the GGUF kind that rounds nothing of a folder
+
+
 class Source(NamedTuple):
   """What is exported, before its parameters are read."""
 
@@ -60,10 +63,11 @@ def main(config, workdir):
     shutil.copyfile(pathlib.Path(config.report) / "report.html", whole / card.PAGE)
   run.write_json(whole / "parity.json", dict(
       inputs=inputs, **parity, **(dict(gguf=quantised["readers"]) if quantised else {}), bytes=_sizes(whole)))
+  old = staging / "old"  # there is always a whole folder: the earlier one, or this
   if folder.exists():
-    shutil.rmtree(folder)
+    os.replace(folder, old)
   os.replace(whole, folder)
-  staging.rmdir()
+  shutil.rmtree(staging)
   run.say(f"exported {source.path} to {folder}: " + _sentence(parity))
 
 
@@ -98,7 +102,10 @@ def check(config, workdir):
   if folder.exists() and not (folder / "parity.json").exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
   if not apart:
-    files.refuse_full(pathlib.Path(workdir), cohere2.size(source.cfg, config.dtype))
+    weights = cohere2.size(source.cfg, "float32") // 4
+    kinds = {*config.gguf.kinds, UNQUANTISED[config.dtype]} if config.gguf.kinds else ()
+    files.refuse_full(pathlib.Path(workdir), cohere2.size(source.cfg, config.dtype) + sum(
+        int(weights * gguf.BYTES.get(kind, 1)) for kind in kinds))  # a K-quant has less than a byte a weight
   return source, manifests
 
 
@@ -179,7 +186,7 @@ def _quantised(folder, source, config, manifests):
   from tiny_aya_jax.export import proof, quality
 
   paths = {kind: folder / f"{config.name}-{kind}.gguf" for kind in config.gguf.kinds}
-  whole = dict(bfloat16="BF16", float16="F16", float32="F32")[config.dtype]  # as the folder has them
+  whole = UNQUANTISED[config.dtype]
   base = paths.get(whole, folder.parent / f"{whole}.gguf")  # not in the folder if nobody asked for it
   vocabulary = gguf.write(base, folder, whole, pre=config.gguf.pre)["vocabulary"]
   if vocabulary["differs"]:

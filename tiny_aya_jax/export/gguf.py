@@ -26,6 +26,7 @@ BLOCK = dict(
 KINDS = dict(
     F32="ALL_F32", F16="MOSTLY_F16", BF16="MOSTLY_BF16", Q8_0="MOSTLY_Q8_0", Q4_0="MOSTLY_Q4_0",
 )
+BYTES = dict(F32=4, F16=2, BF16=2, Q8_0=34 / 32, Q4_0=18 / 32)  # of a weight
 BLOCKED = ("Q8_0", "Q4_0")
 SIDE = 32  # weights that share a scale in BLOCKED, along a row
 # The largest weight that a kind can hold: of blocks, what their float16 scale can.
@@ -67,7 +68,7 @@ def write(path, folder, kind, *, pre=None):
   placed = names(cfg)
   for name, place in placed.items():
     _announce(writer, gguf, cfg, name, place, kind)
-  parts = (_encoded(gguf, tensors[theirs].read().astype(np.float32, copy=False), _type(name, kind), name)
+  parts = (_encoded(gguf, tensors[theirs].mapped(), _type(name, kind), name)
            for theirs, name in zip(cohere2.tensor_names(cfg), placed, strict=True))
   _stream(writer, path, parts)
   described = dict(
@@ -251,14 +252,14 @@ def _stored_shape(cfg, leaf):
 
 
 def _encoded(gguf, value, type, name):
-  """fp32 [out, in] or [D] -> its bytes in a GGUF type, by the gguf package, some rows at a time."""
-  largest = float(np.abs(value).max())
+  """[out, in] or [D] of any float -> its bytes in a GGUF type, by the gguf package, some rows at a time."""
+  largest = max(float(value.max()), -float(value.min()))
   if not largest <= LARGEST[type] or not math.isfinite(largest):
     raise run.Refused(f"{name} holds {largest:.4g}, {type} at most {LARGEST[type]:.4g}: write "
                       "another kind")
   type = gguf.GGMLQuantizationType[type]
   if type == gguf.GGMLQuantizationType.F32:
-    return value
+    return value.astype(np.float32)
   encode = lambda rows: gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), type)
   return _by_rows(encode, value, np.float16 if type == gguf.GGMLQuantizationType.F16 else np.uint8)
 

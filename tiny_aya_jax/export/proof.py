@@ -65,7 +65,9 @@ def prove_gguf(folder, whole, paths, cfg, tokenizer, asked, python, differs):
   """
   held, _ = huggingface.open_folder(folder)
   for theirs, value in gguf.decoded(paths[whole], cfg):
-    if not np.array_equal(value, held[theirs].read().astype(np.float32)):
+    one = held[theirs].mapped()
+    if not all(np.array_equal(value[first : first + 4096], one[first : first + 4096].astype(np.float32))
+               for first in range(0, len(value), 4096)):
       raise run.Refused(f"{paths[whole]}: {theirs} differs from the folder's after reading back")
   if python is None:
     return dict.fromkeys(paths, "read back; llama_cpp is not installed")
