@@ -52,7 +52,8 @@ def of(subjects, work, outputs, tools, judge, config):
   known = [code for code in languages.select(("all",)) if code in order]
   return dict(
       checkpoints={subject["name"]: dict(path=str(subject["path"]), step=subject["step"],
-                                         dtype=config.dtype) for subject in subjects},
+                                         dtype=config.dtype, identity=run.fingerprint(subject["identity"]))
+                   for subject in subjects},
       baseline=config.baseline,
       languages={code: rollups.facts(code) for code in (*known, *sorted(order - set(known)))},
       measures=measures, fertility=_fertility(work["manifests"]) if work["manifests"] else None,

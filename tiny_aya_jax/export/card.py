@@ -9,47 +9,86 @@ import re
 
 from tiny_aya_jax import languages, run
 from tiny_aya_jax.data import mixture
+from tiny_aya_jax.export import huggingface
 from tiny_aya_jax.train import saved
 
 PAGE = "evaluation.html"  # in the folder, with config.report
 
 
 def lineage(place):
-  """The stages a checkpoint or folder was made in, itself first.
+  """The stages that a checkpoint or folder was made in, itself first.
 
-  [{"name", "said", "revision" or None, "drawn": {(licence, language): tokens}}, ...]
+  [{"name", "said", "revision" and "licence" or None, "drawn": {(licence, language): tokens}}, ...]; a run is one
+  stage, up to the latest of its steps that anything was made of.
   """
-  found, waiting = {}, [pathlib.Path(place)]
+  found, waiting = {}, [(pathlib.Path(place), None)]
   while waiting:
-    path = waiting.pop(0)
-    if path in found:
-      continue
-    try:
-      found[path], parents = _stage(saved.find(path))
-    except run.Refused:  # moved, removed, or never one of ours
-      found[path], parents = dict(name=path.name, said="not looked into", revision=None, drawn={}), []
-    waiting += map(pathlib.Path, parents)
-  return list(found.values())
+    path, until = waiting.pop(0)
+    for key, until, stage, parents in _stages_of(path, until):
+      if key not in found or (until or 0) > (found[key][0] or 0):
+        found[key] = until, stage
+      waiting += parents
+  return [stage for _, stage in found.values()]
 
 
-def _stage(path):
-  """(what is known of a checkpoint, the paths it was made from)."""
+def _stages_of(path, until):
+  """[(what it is one of, its last step, the stage, [(path, step), ...] it was made from)]; a folder may tell several."""
+  if huggingface.is_folder(path):
+    return _of_folder(path)
+  try:
+    return [_of_checkpoint(saved.find(path), until)]
+  except run.Refused:  # moved, removed, or never one of ours
+    return [(path, None, _stage(path.name, "not there any more"), [])]
+
+
+def _stage(name, said, revision=None, licence=None, drawn=()):
+  return dict(name=name, said=said, revision=revision, licence=licence, drawn=dict(drawn))
+
+
+def _of_folder(path):
+  """An export tells what it was made in; of another's folder its own card's licence is known."""
+  made = _record(path / "parity.json").get("made")
+  if made:
+    stages = [one | dict(drawn={(licence, code): tokens for licence, code, tokens in one["drawn"]}) for one in made]
+    return [((path, at), None, stage, []) for at, stage in enumerate(stages)]
+  text = (path / "README.md").read_text(encoding="utf-8", errors="replace") if (path / "README.md").exists() else ""
+  front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+  licence = re.search(r"^license: *(\S.*)$", front.group(1), re.MULTILINE) if front else None
+  licence = licence.group(1).strip("'\"") if licence else None
+  said = f"a Hugging Face folder, licence {licence or 'not stated'}"
+  return [(path, None, _stage(path.name, said, licence=licence), [])]
+
+
+def to_json(stages):
+  """Stages as parity.json keeps them."""
+  return [stage | dict(drawn=[[*key, tokens] for key, tokens in stage["drawn"].items()]) for stage in stages]
+
+
+def _of_checkpoint(path, until):
   meta, workdir = saved.meta(path), path.parents[1]
   if "merge" in meta:
     facts = meta["merge"]
-    parents = [one["path"] for one in (*facts["checkpoints"], facts["base"]) if one]
+    parents = [pathlib.Path(one["path"]) for one in (*facts["checkpoints"], facts["base"]) if one]
     recipe = [f"{name} {facts[name]}" for name in ("t", "weights", "density", "scale") if name in facts]
-    said = ", ".join([f"merge, {facts['operator']}", *recipe,
-                      "of " + ", ".join(_name(pathlib.Path(parent)) for parent in parents)])
-    record = _record(workdir / "merge.json")
-    return dict(name=workdir.name, said=said, revision=record.get("git_revision"), drawn={}), parents
-  record, data = _record(workdir / "run.json"), saved.data(path)
-  origin = re.search(r"^init_from: (?!null)(\S.*)$", record.get("config", ""), re.MULTILINE)
-  parents = [origin.group(1).strip("'\"")] if origin else []
-  said = f"train, steps {meta['start']:,} to {meta['step']:,} of {data['batch']} rows of {meta['T']} tokens"
-  said += f", from {_name(pathlib.Path(parents[0]))}" if parents else ""
-  drawn = _drawn(data, meta["start"], meta["step"])
-  return dict(name=workdir.name, said=said, revision=record.get("git_revision"), drawn=drawn), parents
+    said = ", ".join([f"merge, {facts['operator']}", *recipe, "of " + ", ".join(map(_name, parents))])
+    revision = _record(workdir / "merge.json").get("git_revision")
+    return workdir, None, _stage(workdir.name, said, revision), [(parent, None) for parent in parents]
+  record, data, origin = _record(workdir / "run.json"), saved.data(path), meta.get("origin")
+  parent = _init_from(record)
+  step = min(meta["step"], until if until is not None else meta["step"])
+  said = f"train, steps {meta['start']:,} to {step:,} of {data['batch']} rows of {meta['T']} tokens"
+  if parent:
+    said += f", from {_name(parent)}"
+  elif origin:
+    said += f", from a checkpoint at step {origin['step']:,} that its run.json does not name"
+  stage = _stage(workdir.name, said, record.get("git_revision"), drawn=_drawn(data, meta["start"], step))
+  return workdir, step, stage, [(parent, origin and origin["step"])] if parent else []
+
+
+def _init_from(record):
+  """The path in a run.json's config, which is YAML: a long one goes on in the next line."""
+  found = re.search(r"^init_from: (?!null)(\S.*(?:\n  .*)*)$", record.get("config", ""), re.MULTILINE)
+  return pathlib.Path(" ".join(found.group(1).split()).strip("'\"")) if found else None
 
 
 def _name(path):
@@ -87,8 +126,9 @@ def card(config, cfg, stages, facts, parity, evaluated, quantised):
   codes = {code for _, code in drawn}
   spoken = [language.iso for language in languages.LANGUAGES if language.code in codes]
   adapter = facts["adapter"] if config.form == "adapter" else None
+  licences = sorted({stage["licence"] for stage in stages if stage["licence"]})
   parts = [
-      _front(adapter, spoken), f"# {config.name}\n", _what(config, cfg, facts, parity, adapter),
+      _front(adapter, spoken, licences), f"# {config.name}\n", _what(config, cfg, facts, parity, adapter),
       _adapter_use() if adapter else _use(cfg, quantised), _proof(parity, facts),
       _quantised(quantised) if quantised else "", _evaluation(evaluated) if evaluated else "",
       _stages(stages), _licences(drawn) if drawn else "",
@@ -96,12 +136,12 @@ def card(config, cfg, stages, facts, parity, evaluated, quantised):
   return "\n".join(part for part in parts if part)
 
 
-def _front(adapter, spoken):
+def _front(adapter, spoken, licences):
   listed = "".join(f"\n- {iso}" for iso in dict.fromkeys(spoken))
   return f"""---
 library_name: {"peft" if adapter else "transformers"}
 pipeline_tag: text-generation
-license: other{f"{chr(10)}language:{listed}" if listed else ""}
+license: {licences[0] if len(licences) == 1 else "other"}{f"{chr(10)}language:{listed}" if listed else ""}
 ---"""
 
 

@@ -149,15 +149,15 @@ def config_in(config, folder):
   ))
 
 
-def config_out(cfg, tokenizer, dtype):
-  """Model ConfigDict -> config.json."""
+def config_out(cfg, tokenizer, dtype, T):
+  """Model ConfigDict -> config.json; T: the most tokens it was trained on."""
   return described(cfg) | dict(
       attention_dropout=0.0,
       bos_token_id=tokenizer.special("<BOS_TOKEN>"),
       eos_token_id=tokenizer.special("<EOS_TOKEN>"),
       pad_token_id=tokenizer.special("<PAD>"),
       initializer_range=0.02,
-      max_position_embeddings=MOST_T,
+      max_position_embeddings=T,
       torch_dtype=dtype,
       use_cache=True,
   )

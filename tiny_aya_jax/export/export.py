@@ -6,6 +6,8 @@ holds the model they make of their base; with config.form "adapter", the adapter
 Tensors are read and written one after the other.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -15,14 +17,14 @@ import ml_collections
 import numpy as np
 
 from tiny_aya_jax import run
-from tiny_aya_jax.data import loader, tokenizer as tokenizers
-from tiny_aya_jax.export import card, cohere2, gguf, huggingface, runtimes, tensors as files
+from tiny_aya_jax.data import tokenizer as tokenizers
+from tiny_aya_jax.export import card, cohere2, huggingface, quantised, runtimes, tensors as files
 from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
 
 
-UNQUANTISED = dict(bfloat16="BF16", float16="F16", float32="F32")  # the GGUF kind that rounds nothing of a folder
+RECORD = "parity.json"
 
 
 class Source(NamedTuple):
@@ -32,7 +34,8 @@ class Source(NamedTuple):
   cfg: Any
   T: int
   tokenizer: Any
-  identity: Any  # JSON: equal for equal parameters
+  identity: Any  # JSON: equal for equal parameters, and for equal texts of a folder
+  evaluated: Any  # what evaluate knows it by
   adapter: dict | None
   leaves: Callable  # () -> (path in our tree, leaf) one after the other; read anew at every call
   texts: pathlib.Path | None  # the folder whose tokenizer and template are kept as they are
@@ -40,35 +43,62 @@ class Source(NamedTuple):
 
 def main(config, workdir):
   """Writes workdir/<config.name> from config.checkpoint; refuses when the proof fails."""
-  source, manifests = check(config, workdir)
-  folder, apart = pathlib.Path(workdir) / config.name, config.form == "adapter"
-  evaluated = _evaluated(config.report, source.path) if config.report else None
+  source, manifests, evaluated = check(config, workdir)
+  folder = pathlib.Path(workdir) / config.name
   inputs = run.fingerprint([
       source.identity, source.tokenizer.sha256, config.form, config.dtype, evaluated, config.gguf.to_dict(),
       [manifest["sha256"] for manifest in manifests], config.proof.to_dict()])
-  if run.up_to_date(folder / "parity.json", inputs, config.overwrite) and _whole(folder):
+  if run.up_to_date(folder / RECORD, inputs, config.overwrite) and _holds(folder):
     run.say(f"{folder}: up to date")
     return
-  staging = folder.with_name(f".{folder.name}.new")  # what a killed export leaves is in here
-  shutil.rmtree(staging, ignore_errors=True)
-  whole = staging / folder.name
-  whole.mkdir(parents=True)
-  parity = (_adapter if apart else _merged)(whole, source, config)
-  quantised = _quantised(whole, source, config, manifests) if config.gguf.kinds else None
-  text = card.card(config, source.cfg, card.lineage(source.path), dict(
-      T=source.T, tokenizer_sha256=source.tokenizer.sha256, adapter=source.adapter),
-      parity, evaluated, quantised)
-  run.write_text(whole / "README.md", text)
-  if evaluated:
-    shutil.copyfile(pathlib.Path(config.report) / "report.html", whole / card.PAGE)
-  run.write_json(whole / "parity.json", dict(
-      inputs=inputs, **parity, **(dict(gguf=quantised["readers"]) if quantised else {}), bytes=_sizes(whole)))
-  old = staging / "old"  # there is always a whole folder: the earlier one, or this
-  if folder.exists():
-    os.replace(folder, old)
-  os.replace(whole, folder)
-  shutil.rmtree(staging)
+  with _new(folder) as whole:
+    parity = (_adapter if config.form == "adapter" else _merged)(whole, source, config)
+    more = quantised.write(whole, source, config, manifests) if config.gguf.kinds else None
+    stages = card.lineage(source.path)
+    text = card.card(config, source.cfg, stages, dict(
+        T=source.T, tokenizer_sha256=source.tokenizer.sha256, adapter=source.adapter), parity, evaluated, more)
+    run.write_text(whole / "README.md", text)
+    if evaluated:
+      shutil.copyfile(pathlib.Path(config.report) / "report.html", whole / card.PAGE)
+    run.write_json(whole / RECORD, dict(
+        inputs=inputs, **parity, **(dict(gguf=more["readers"]) if more else {}), made=card.to_json(stages),
+        bytes=_sizes(whole)))
   run.say(f"exported {source.path} to {folder}: " + _sentence(parity))
+
+
+@contextlib.contextmanager
+def _new(folder):
+  """A folder to write into, which becomes `folder` at the end, or is gone.
+
+  One export of a name at a time. There is always a whole folder: the earlier one, or this; of the
+  earlier one nothing is deleted that the verb did not write.
+  """
+  hidden, old, lock = _beside(folder)
+  with open(lock, "a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise run.Refused(f"another export writes {folder}: wait for it, or give another config.name") from None
+    try:
+      shutil.rmtree(hidden, ignore_errors=True)
+      hidden.mkdir()
+      yield hidden
+      if folder.exists():
+        os.replace(folder, old)
+      os.replace(hidden, folder)
+    finally:
+      shutil.rmtree(hidden, ignore_errors=True)
+      lock.unlink(missing_ok=True)
+  if old.exists() and _holds(old, alone=True):
+    shutil.rmtree(old)
+  elif old.exists():
+    kept = saved.set_aside(old.rename(folder.with_name(f"{folder.name}.{os.getpid()}")), "superseded")
+    run.say(f"the earlier {folder.name} held more than was written there, and is kept as {kept}")
+
+
+def _beside(folder):
+  """(what is written, the earlier folder between two renames, the lock), beside a folder."""
+  return [folder.with_name(f".{folder.name}.{what}") for what in ("new", "old", "lock")]
 
 
 def _sentence(parity):
@@ -79,7 +109,7 @@ def _sentence(parity):
 
 
 def check(config, workdir):
-  """Refuses what cannot be; -> (Source, manifests of config.gguf.rows)."""
+  """Refuses what cannot be; -> (Source, manifests of config.gguf.rows, the rows of config.report)."""
   run.existing("checkpoint", config.checkpoint)
   run.choose("config.dtype", config.dtype, files.DTYPES)
   run.choose("config.form", config.form, ("merged", "adapter"))
@@ -89,6 +119,7 @@ def check(config, workdir):
                       "expected at least 1, and at least 0")
   source = (_of_folder if huggingface.is_folder(config.checkpoint) else _of_checkpoint)(config)
   huggingface.refuse_vocabulary(source.tokenizer, source.cfg)
+  source.tokenizer.json()  # refuses what has none that is exact
   apart = config.form == "adapter"
   if apart and not source.adapter:
     raise run.Refused(f"{source.path} was trained without adapters: config.form 'adapter' has nothing to export")
@@ -97,16 +128,20 @@ def check(config, workdir):
   for name in ("transformers", "mlx", "llama_cpp"):
     if config.proof[name]:
       runtimes.find(name, config.proof[name])
-  manifests = _check_gguf(config, source)
+  manifests = quantised.check(config, source)
   folder = pathlib.Path(workdir) / config.name
-  if folder.exists() and not (folder / "parity.json").exists():
+  if folder.resolve() in (source.path.resolve(), *source.path.resolve().parents):
+    raise run.Refused(f"{folder} is what is exported, or holds it: give another config.name")
+  hidden, old, _ = _beside(folder)
+  if old.exists() and not folder.exists():
+    old.rename(folder)  # a kill came between two renames
+  if folder.exists() and not (folder / RECORD).exists():
     raise run.Refused(f"{folder} exists and is no export: give another config.name")
   if not apart:
-    weights = cohere2.size(source.cfg, "float32") // 4
-    kinds = {*config.gguf.kinds, UNQUANTISED[config.dtype]} if config.gguf.kinds else ()
-    files.refuse_full(pathlib.Path(workdir), cohere2.size(source.cfg, config.dtype) + sum(
-        int(weights * gguf.BYTES.get(kind, 1)) for kind in kinds))  # a K-quant has less than a byte a weight
-  return source, manifests
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(hidden, ignore_errors=True)  # of a killed export
+    files.refuse_full(workdir, cohere2.size(source.cfg, config.dtype) + quantised.size(config, source.cfg))
+  return source, manifests, _evaluated(config.report, source) if config.report else None
 
 
 def _of_checkpoint(config):
@@ -128,7 +163,8 @@ def _of_checkpoint(config):
     for place in run.progress(cohere2.leaf_shapes(cfg), "export"):
       yield place, read_leaf("/".join(place))
 
-  return Source(path, cfg, meta["T"], tokenizer, meta["fingerprints"]["params"], meta.get("adapter"), leaves, None)
+  prints = meta["fingerprints"]["params"]
+  return Source(path, cfg, meta["T"], tokenizer, prints, [meta["model"], prints], meta.get("adapter"), leaves, None)
 
 
 def _of_folder(config):
@@ -144,7 +180,9 @@ def _of_folder(config):
     for place in run.progress(shapes, "export"):
       yield place, read_leaf(place)
 
-  return Source(path, cfg, T, tokenizer, huggingface.digests(path), None, leaves, path)
+  digests = huggingface.digests(path)
+  texts = {name: run.sha256(path / name) for name in huggingface.TEXTS if (path / name).exists()}
+  return Source(path, cfg, T, tokenizer, digests | texts, digests, None, leaves, path)
 
 
 def _merged(folder, source, config):
@@ -155,62 +193,8 @@ def _merged(folder, source, config):
   if source.texts:
     huggingface.copy_texts(folder, source.cfg, source.texts, config.dtype)
   else:
-    huggingface.write_texts(folder, source.cfg, source.tokenizer, config.dtype)
+    huggingface.write_texts(folder, source.cfg, source.tokenizer, config.dtype, source.T)
   return proof.prove(folder, source.leaves(), source.cfg, config.dtype, source.tokenizer, config.proof)
-
-
-def _check_gguf(config, source):
-  """Manifests of config.gguf.rows; refuses kinds that cannot be made."""
-  kinds, asked = tuple(config.gguf.kinds), config.gguf
-  if not kinds:
-    if odd := [f"config.gguf.{name}" for name in ("rows", "pre") if asked[name]]:
-      raise run.Refused(f"{odd[0]} is set and config.gguf.kinds is not: name the kinds of GGUF files")
-    return []
-  if len(set(kinds)) < len(kinds):
-    raise run.Refused(f"config.gguf.kinds {kinds} has one twice")
-  for kind in kinds:
-    run.choose("config.gguf.kinds", kind, (*gguf.KINDS, *runtimes.QUANTIZED))
-    gguf.check(source.cfg, kind if kind in gguf.KINDS else "F32")
-    if kind in runtimes.QUANTIZED and not runtimes.find("llama_cpp", config.proof.llama_cpp):
-      raise run.Refused(f"{kind} is made by llama.cpp: set config.proof.llama_cpp to a Python with llama-cpp-python, "
-                        f"or choose among {', '.join(gguf.KINDS)}")
-  manifests = loader.read_manifests(run.existing("gguf.rows", asked.rows)) if asked.rows else []
-  if manifests and manifests[0]["tokenizer_sha256"] != source.tokenizer.sha256:
-    raise run.Refused(f"{asked.rows} was packed with tokenizer {manifests[0]['tokenizer_sha256'][:12]}, "
-                      f"{source.tokenizer.path} is {source.tokenizer.sha256[:12]}")
-  return manifests
-
-
-def _quantised(folder, source, config, manifests):
-  """Writes, proves and measures the GGUF files: {"files", "readers", "lines"}."""
-  from tiny_aya_jax.export import proof, quality
-
-  paths = {kind: folder / f"{config.name}-{kind}.gguf" for kind in config.gguf.kinds}
-  whole = UNQUANTISED[config.dtype]
-  base = paths.get(whole, folder.parent / f"{whole}.gguf")  # not in the folder if nobody asked for it
-  vocabulary = gguf.write(base, folder, whole, pre=config.gguf.pre)["vocabulary"]
-  if vocabulary["differs"]:
-    run.say(f"llama.cpp's tokenizer {vocabulary['pre']} differs from this one: {vocabulary['differs']}")
-  python = runtimes.find("llama_cpp", config.proof.llama_cpp)
-  for kind, path in paths.items():
-    if kind in runtimes.QUANTIZED:
-      runtimes.quantize(python, base, path, kind)
-    elif path != base:
-      gguf.write(path, folder, kind, pre=config.gguf.pre)
-  readers = proof.prove_gguf(folder, whole, {whole: base} | paths, source.cfg, source.tokenizer, config.proof, python,
-                             vocabulary["differs"])
-  lines = [f"- {path.name}: {path.stat().st_size / 1e6:,.1f} MB" for path in paths.values()]
-  differs = ["", f"llama.cpp's own tokenizer differs: {vocabulary['differs']}."] if vocabulary["differs"] else []
-  if manifests:
-    found = quality.bits_per_byte({whole: base} | paths, config.gguf.rows, source.tokenizer,
-                                  batch=config.gguf.batch, chunk=config.gguf.chunk)
-    record = quality.record(found, whole, {kind: gguf.facts(path) for kind, path in ({whole: base} | paths).items()})
-    run.write_json(folder / "quantisation.json", record)
-    lines = [quality.markdown(record), "", "Bits per byte of held-out text, each kind's weights under our own forward "
-             "pass; every language is in `quantisation.json`."]
-  if base not in paths.values():
-    base.unlink()
-  return dict(files=[path.name for path in paths.values()], readers=readers, lines=lines + differs)
 
 
 def _adapter(folder, source, config):
@@ -236,32 +220,39 @@ def _adapter(folder, source, config):
 
 def _predicted(params, cfg, tokens, adapter=None):
   """Logits of random tokens, fp32."""
+  import jax
+
   from tiny_aya_jax.model.transformer import TinyAya, logits
 
   token_BT = np.random.default_rng(0).integers(0, cfg.V, (1, tokens), np.int32)
   rows = (token_BT, np.ones_like(token_BT), np.arange(tokens, dtype=np.int32)[None])
-  hidden_BTD = TinyAya(cfg, adapter=adapter).apply({"params": params}, *rows)
-  return np.asarray(logits(params, hidden_BTD, cfg))
+  with jax.default_matmul_precision("highest"):
+    hidden_BTD = TinyAya(cfg, adapter=adapter).apply({"params": params}, *rows)
+    return np.asarray(logits(params, hidden_BTD, cfg))
 
 
-def _whole(folder):
-  """Whether every file has the size it had when it was proved; else the folder is made again."""
-  expected = run.read_json(folder / "parity.json", "earlier result").get("bytes")
-  return bool(expected) and expected.items() <= _sizes(folder).items()
+def _holds(folder, alone=False):
+  """Whether a folder holds what it did when it was proved, each file of its size; and nothing else, if `alone`."""
+  expected, found = run.read_json(folder / RECORD, "earlier result").get("bytes") or {}, _sizes(folder)
+  return bool(expected) and (found == expected if alone else expected.items() <= found.items())
 
 
 def _sizes(folder):
-  return {path.name: path.stat().st_size for path in sorted(folder.iterdir())
-          if path.name != "parity.json"}
+  return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RECORD}
 
 
-def _evaluated(report, path):
+def _evaluated(report, source):
   """[(task, measure, which way is better, its summary)] of this checkpoint, from evaluate's workdir."""
   report = pathlib.Path(run.existing("report", report))
   found = run.read_json(report / "evaluation.json", "config.report")
-  names = [name for name, one in found["checkpoints"].items() if one["path"] == str(path)]
-  if not names or not (report / "report.html").exists():
-    raise run.Refused(f"config.report: {report} is no evaluation of {path}, but of "
-                      + ", ".join(one["path"] for one in found["checkpoints"].values()))
+  subjects = found.get("checkpoints")
+  if not isinstance(subjects, dict) or not (report / "report.html").exists():
+    raise run.Refused(f"config.report: {report} is no workdir of evaluate")
+  names = [name for name, one in subjects.items() if one["path"] == str(source.path)]
+  if not names:
+    raise run.Refused(f"config.report: {report} is no evaluation of {source.path}, but of "
+                      + ", ".join(one["path"] for one in subjects.values()))
+  if subjects[names[0]].get("identity") != run.fingerprint(source.evaluated):
+    raise run.Refused(f"config.report: {report} evaluated other parameters at {source.path}: evaluate it again")
   return [(one["task"], one["measure"], one["better"], one["summary"][names[0]])
           for one in found["measures"]]

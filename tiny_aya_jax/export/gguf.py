@@ -138,6 +138,19 @@ def decoded(path, cfg):
     yield theirs, _decoded(gguf, tensors[name])
 
 
+def leaf_reader(path, cfg):
+  """(path in our tree, period or None) -> its fp32 array, decoded when it is asked for."""
+  gguf = _package()
+  tensors = {tensor.name: tensor for tensor in _open(gguf, pathlib.Path(path)).tensors}
+  where = {place: name for name, place in names(cfg).items()}
+
+  def leaf(place, period=None):
+    shape = cohere2.leaf_shapes(cfg)[place][period is not None:]
+    return cohere2.ours(_decoded(gguf, tensors[where[place, period]]), shape, place[-1])
+
+  return leaf
+
+
 def _package():
   try:
     import gguf

@@ -22,6 +22,7 @@ HEAD = "lm_head.weight"
 # transformers 5 (tiny_aya.md 2.4).
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 # Everything a folder has besides weights and config.json.
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # kept with what they are of
 TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "special_tokens_map.json", "chat_template.jinja")
 
@@ -182,10 +183,11 @@ def digests(folder):
           for path in sorted({pathlib.Path(folder) / "config.json", *weights})}
 
 
-def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=files.SHARD_BYTES):
+def write(folder, params, cfg, tokenizer, *, dtype="float32", T=cohere2.MOST_T, shard_bytes=files.SHARD_BYTES):
   """Writes params (our tree) and tokenizer as a Cohere2 folder; all of it, or nothing.
 
-  dtype: 'bfloat16', 'float16' or 'float32'. The folder must not exist yet. Refuses a vocabulary
+  dtype: 'bfloat16', 'float16' or 'float32'. T: the most tokens that the model was trained on. The folder must
+  not exist yet. Refuses a vocabulary
   larger than the embedding, and values that dtype cannot hold.
   """
   folder = pathlib.Path(folder)
@@ -200,7 +202,7 @@ def write(folder, params, cfg, tokenizer, *, dtype="float32", shard_bytes=files.
   found = ((path, np.asarray(cohere2.leaf(params, path))) for path in cohere2.leaf_shapes(cfg))
   with staged(folder) as temporary:
     write_leaves(temporary, found, cfg, dtype, shard_bytes)
-    write_texts(temporary, cfg, tokenizer, dtype)
+    write_texts(temporary, cfg, tokenizer, dtype, T)
 
 
 def refuse_vocabulary(tokenizer, cfg):
@@ -237,20 +239,20 @@ def staged(folder):
     raise
 
 
-def write_texts(folder, cfg, tokenizer, dtype):
+def write_texts(folder, cfg, tokenizer, dtype, T):
   """All that a folder has besides its weights."""
   stop_ids = sorted({tokenizer.special("<EOS_TOKEN>"), *chat.stop_ids(tokenizer)})
   specials = dict(
       bos_token="<BOS_TOKEN>", eos_token="<EOS_TOKEN>", pad_token="<PAD>", unk_token="<UNK>"
   )
-  run.write_json(folder / "config.json", cohere2.config_out(cfg, tokenizer, dtype))
+  run.write_json(folder / "config.json", cohere2.config_out(cfg, tokenizer, dtype, T))
   run.write_json(folder / "generation_config.json", dict(
       bos_token_id=tokenizer.special("<BOS_TOKEN>"), eos_token_id=stop_ids,
       pad_token_id=tokenizer.special("<PAD>"), do_sample=True, temperature=0.3, top_p=0.95,
   ))
   run.write_text(folder / "tokenizer.json", tokenizer.json())
   run.write_json(folder / "tokenizer_config.json", dict(
-      tokenizer_class=TOKENIZER_CLASS, model_max_length=cohere2.MOST_T,
+      tokenizer_class=TOKENIZER_CLASS, model_max_length=T,
       model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, and refuses them
       clean_up_tokenization_spaces=False, **specials,
   ))
@@ -262,8 +264,9 @@ def copy_texts(folder, cfg, source, dtype):
   """All that a folder has besides its weights, as another has it; but what describes the model is
   written anew, and see TOKENIZER_CLASS."""
   source = pathlib.Path(source)
-  for name in TEXTS:
-    if (source / name).exists():
+  licences = (path.name for pattern in LICENCES for path in source.glob(pattern))
+  for name in (*TEXTS, *licences):
+    if (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
   facts = run.read_json(source / "config.json", "Hugging Face folder")
   old = [name for name in ("torch_dtype", "dtype") if name in facts]  # of transformers 4, of 5

@@ -44,7 +44,8 @@ def bits_per_byte(models, rows, tokenizer, *, batch, chunk, mesh=None, attention
     total = -(-sum(manifest["rows"] for manifest in manifests) // batch)
     batches = run.progress(loader.every_row_once(manifests, batch, axes.process_part(mesh)), f"bits per byte, {kind}",
                            total=total)
-    sums = bits.evaluate(score, params, batches, mesh, languages)
+    with jax.default_matmul_precision("highest"):
+      sums = bits.evaluate(score, params, batches, mesh, languages)
     found[kind] = {language: entry["bits_per_byte"] for language, entry in sums.items()}
     del params  # before the next is read
     gc.collect()

@@ -446,7 +446,7 @@ def _write_folder(workdir, config, inputs, base, recipe, facts, texts):
     if isinstance(texts, pathlib.Path):
       huggingface.copy_texts(new, cfg, texts, config.dtype)
     else:
-      huggingface.write_texts(new, cfg, texts, config.dtype)
+      huggingface.write_texts(new, cfg, texts, config.dtype, min(one.T for one in inputs))
     run.write_json(new / "merge.json", facts | dict(bytes=_sizes(new)))
   if folder.exists():
     folder.rename(old)

@@ -53,6 +53,8 @@ def check(config):
     raise run.Refused("config.tokenizer is not set: give tokenizer.model or tokenizer.json")
   manifests = loader.read_manifests(config.data.rows)
   tokenizer = tokenizers.load(config.tokenizer)
+  if config.export_every:
+    tokenizer.json()  # refuses what has none that is exact
   validation = loader.read_manifests(config.data.validation) if config.data.validation else []
   begins.check_rows(config, manifests, validation, tokenizer)
   begins.settle_steps(config, manifests)

@@ -97,7 +97,8 @@ def export(config, workdir, tokenizer):
         for stale in parent.glob(".*.tmp*"):  # of an export that was killed
           shutil.rmtree(stale)
         whole = adapter.merged(whole, adapter.described(fields.adapter(config)))
-        huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16")
+        huggingface.write(parent / str(at), whole, config.model, tokenizer, dtype="bfloat16",
+                          T=config.data.T)
         run.say(f"exported step {at} to {parent / str(at)}")
       except OSError as error:
         run.say(f"step {at} could not be exported: {error}")
