@@ -5,6 +5,7 @@ What llama.cpp makes of them is test_llama.py's.
 
 import json
 import shutil
+import time
 import tracemalloc
 
 import ml_collections
@@ -268,6 +269,16 @@ def test_what_a_file_cannot_hold_is_refused(sizes, kind, said):
 def test_a_vocabulary_larger_than_the_embedding_is_refused(folder):
   with pytest.raises(run.Refused, match="up to 599, the embedding only 599"):
     vocabularies.read(folder / "tokenizer.json", USED - 1)
+
+
+def test_a_token_that_is_named_as_padding_is_refused_at_once():
+  many = 40_000  # comparing each with each takes many seconds
+  ids = {f"token {id}": (id, vocabularies.NORMAL) for id in range(many)} | {
+      f"[PAD{many + 1}]": (many, vocabularies.NORMAL)}
+  start = time.process_time()
+  with pytest.raises(run.Refused, match=r"'\[PAD40001\]' would be two tokens of the GGUF file"):
+    vocabularies._padded("tokenizer.json", ids, many + 2)
+  assert time.process_time() - start < 2
 
 
 def test_weights_beyond_float16_are_refused_and_leave_nothing(folder, params, tokenizer, tmp_path):
