@@ -4,6 +4,8 @@ What llama.cpp makes of them is test_llama.py's.
 """
 
 import json
+import shutil
+import time
 import tracemalloc
 
 import ml_collections
@@ -90,6 +92,24 @@ def test_a_file_says_what_llama_cpp_needs_to_know(folder, tmp_path):
                  eom_token_id=11, add_bos_token=True, add_eos_token=False, add_space_prefix=False)
   assert {key: said[f"tokenizer.ggml.{key}"] for key in special} == special
   assert said["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("given", [-2, V, 1.5, 3.0, True, "x", {}, [], [1.5, 3]], ids=str)
+def test_a_special_id_that_is_none_is_refused_by_its_name(given):
+  with pytest.raises(run.Refused, match="^folder/config.json: eos_token_id is .*, expected an id from 0 to 619"):
+    gguf.special_ids(dict(bos_token_id=2, eos_token_id=given), V, "folder")
+
+
+def test_special_ids_may_be_absent_and_the_first_of_a_list_is_written(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / "folder")
+  config = json.loads((folder / "config.json").read_text()) | dict(
+      bos_token_id=None, eos_token_id=[7, 3], pad_token_id=-1)
+  assert gguf.special_ids(config, V, folder) == dict(eos=7)
+  (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+  gguf.write(tmp_path / "model.gguf", tmp_path / "folder", "F16")
+  said = fields(tmp_path / "model.gguf")
+  assert said["tokenizer.ggml.eos_token_id"] == 7
+  assert not {"tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id"} & said.keys()
 
 
 def test_a_template_of_the_tokenizer_config_is_found(folder, tmp_path):
@@ -249,6 +269,16 @@ def test_what_a_file_cannot_hold_is_refused(sizes, kind, said):
 def test_a_vocabulary_larger_than_the_embedding_is_refused(folder):
   with pytest.raises(run.Refused, match="up to 599, the embedding only 599"):
     vocabularies.read(folder / "tokenizer.json", USED - 1)
+
+
+def test_a_token_that_is_named_as_padding_is_refused_at_once():
+  many = 40_000  # comparing each with each takes many seconds
+  ids = {f"token {id}": (id, vocabularies.NORMAL) for id in range(many)} | {
+      f"[PAD{many + 1}]": (many, vocabularies.NORMAL)}
+  start = time.process_time()
+  with pytest.raises(run.Refused, match=r"'\[PAD40001\]' would be two tokens of the GGUF file"):
+    vocabularies._padded("tokenizer.json", ids, many + 2)
+  assert time.process_time() - start < 2
 
 
 def test_weights_beyond_float16_are_refused_and_leave_nothing(folder, params, tokenizer, tmp_path):

@@ -70,44 +70,65 @@ def test_each_question_has_its_answer(tmp_path, monkeypatch):
 
 
 def fake(where, module, text):
-  """Puts a module beside nothing else, for a child to find."""
+  """-> the path of a Python that finds a module of this text."""
   (where / f"{module}.py").write_text(text, encoding="utf-8")
-  return dict(PYTHONPATH=str(where))
+  (where / "python").write_text(f'#!/bin/sh\nPYTHONPATH={where} exec {sys.executable} "$@"\n')
+  (where / "python").chmod(0o755)
+  return where / "python"
 
 
-def test_a_python_without_the_runtime_is_refused_with_what_it_said(tmp_path, monkeypatch):
-  monkeypatch.setenv("PYTHONPATH", fake(tmp_path, "llama_cpp", "raise ImportError('no such\\nlibrary')")["PYTHONPATH"])
-  assert runtimes.find("llama_cpp") is None
-  with pytest.raises(run.Refused, match=f"{sys.executable} cannot import llama_cpp: library"):
-    runtimes.find("llama_cpp", sys.executable)
+def test_a_python_without_the_runtime_is_refused_with_what_it_said(tmp_path):
+  python = fake(tmp_path, "llama_cpp", "raise ImportError('no such\\nlibrary')")
+  with pytest.raises(run.Refused, match=f"{python} cannot import llama_cpp: library"):
+    runtimes.find("llama_cpp", python)
   with pytest.raises(run.Refused, match="cannot be run: No such file"):
     runtimes.find("llama_cpp", "/nowhere/python")
   with pytest.raises(run.Refused, match="did you mean 'llama_cpp'"):
     runtimes.find("llama.cpp")
 
 
-def test_a_runtime_that_fails_is_refused_with_its_last_line(tmp_path, monkeypatch):
-  fake(tmp_path, "llama_cpp", "print('first')\nraise RuntimeError('the last line')")
-  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_this_python_without_the_runtime_is_none(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "executable", str(fake(tmp_path, "llama_cpp", "raise ImportError('no')")))
+  monkeypatch.setattr(run, "installed", lambda package: True)
+  assert runtimes.find("llama_cpp") is None
+
+
+def test_a_python_of_a_relative_path_is_found_from_everywhere(tmp_path, monkeypatch):
+  python = fake(tmp_path, "llama_cpp", "")
+  monkeypatch.chdir(tmp_path)
+  assert runtimes.find("llama_cpp", "./python") == str(python)
+
+
+def test_a_runtime_does_not_see_the_keys_of_this_process(monkeypatch, tmp_path):
+  python = fake(tmp_path, "llama_cpp", "import os\nraise ImportError(sorted(os.environ))")
+  monkeypatch.setenv("ODD_API_KEY", "secret")
+  monkeypatch.setenv("OMP_NUM_THREADS", "1")
+  with pytest.raises(run.Refused, match="'OMP_NUM_THREADS'") as refused:
+    runtimes.find("llama_cpp", python)
+  assert "ODD_API_KEY" not in str(refused.value) and "'PATH'" in str(refused.value)
+
+
+def test_a_runtime_that_fails_is_refused_with_its_last_line(tmp_path):
+  python = fake(tmp_path, "llama_cpp", "print('first')\nraise RuntimeError('the last line')")
   with pytest.raises(run.Refused, match="llama_cpp of .*: RuntimeError: the last line"):
-    runtimes.ask("llama_cpp", sys.executable, tmp_path, dict(texts=["a"]))
+    runtimes.ask("llama_cpp", python, tmp_path, dict(texts=["a"]))
   with pytest.raises(run.Refused, match="quantize of .*: RuntimeError: the last line"):
-    runtimes.quantize(sys.executable, tmp_path / "in", tmp_path / "out", "Q6_K")
+    runtimes.quantize(python, tmp_path / "in", tmp_path / "out", "Q6_K")
   assert not list(tmp_path.glob("*out*"))
   with pytest.raises(run.Refused, match="did you mean 'Q4_K_M'"):
-    runtimes.quantize(sys.executable, tmp_path / "in", tmp_path / "out", "Q4_KM")
+    runtimes.quantize(python, tmp_path / "in", tmp_path / "out", "Q4_KM")
 
 
 def test_a_child_ends_with_its_parent(tmp_path):
-  mine = dict(os.environ, **fake(tmp_path, "llama_cpp", f"""
+  python = fake(tmp_path, "llama_cpp", f"""
 import os, time
 open({str(tmp_path / "child")!r} + "new", "w").write(str(os.getpid()))
 os.replace({str(tmp_path / "child")!r} + "new", {str(tmp_path / "child")!r})
 time.sleep(60)
-"""))
-  script = ("import sys; from tiny_aya_jax.export import runtimes;"
-            "runtimes.ask('llama_cpp', sys.executable, '.', {})")
-  mine["PYTHONPATH"] += os.pathsep + str(pathlib.Path(runtimes.__file__).parents[2])
+""")
+  script = ("from tiny_aya_jax.export import runtimes;"
+            f"runtimes.ask('llama_cpp', {str(python)!r}, '.', {{}})")
+  mine = dict(os.environ, PYTHONPATH=str(pathlib.Path(runtimes.__file__).parents[2]))
   parent = subprocess.Popen([sys.executable, "-c", script], env=mine)
   child = int(waited(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text()))
   parent.send_signal(signal.SIGKILL)

@@ -51,6 +51,24 @@ def check(cfg, kind):
                       f"multiple of {SIDE}; write F16 or BF16")
 
 
+def special_ids(config, V, where):
+  """{"bos", "eos", "pad": id} of those that a folder's config.json names; needs no jax.
+
+  Of a list it is the first; None and -1 are none. Refuses what is no id of V. where: for the refusal.
+  """
+  found = {}
+  for name in ("bos", "eos", "pad"):
+    given = config.get(f"{name}_token_id")
+    id = given[0] if isinstance(given, list) and given else given
+    if id in (None, -1):
+      continue
+    if type(id) is not int or not 0 <= id < V:
+      raise run.Refused(f"{where}/config.json: {name}_token_id is {str(given)[:60]}, expected an id from 0 to {V - 1}, "
+                        "or null")
+    found[name] = id
+  return found
+
+
 def write(path, folder, kind, *, pre=None):
   """Writes the Cohere2 folder as the GGUF file `path`: all of it, or nothing.
 
@@ -196,15 +214,15 @@ def _describe_tokenizer(writer, config, folder, vocabulary):
     writer.add_token_scores(vocabulary.scores)
   else:
     writer.add_token_merges(vocabulary.merges)
-  specials = vocabulary.specials
-  for write, id in ((writer.add_bos_token_id, config.get("bos_token_id")),
-                    (writer.add_eos_token_id, config.get("eos_token_id")),
-                    (writer.add_pad_token_id, config.get("pad_token_id")),
+  ids, specials = special_ids(config, len(vocabulary.tokens), folder), vocabulary.specials
+  for write, id in ((writer.add_bos_token_id, ids.get("bos")),
+                    (writer.add_eos_token_id, ids.get("eos")),
+                    (writer.add_pad_token_id, ids.get("pad")),
                     (writer.add_unk_token_id, specials.get("<UNK>")),
                     (writer.add_eot_token_id, specials.get(EOT)),
                     (writer.add_eom_token_id, specials.get(EOM))):  # eos, eot, eom: it stops at each
     if id is not None:
-      write(id[0] if isinstance(id, list) else id)
+      write(id)
   writer.add_add_bos_token(True)
   writer.add_add_eos_token(False)
   writer.add_add_space_prefix(False)

@@ -19,20 +19,26 @@ from tiny_aya_jax import run
 PACKAGES = dict(transformers="transformers, torch", llama_cpp="llama_cpp", mlx="mlx.core, mlx_lm")
 # What llama.cpp makes and the gguf package cannot.
 QUANTIZED = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+# What a child is given of the environment. Not PYTHONPATH: its packages are those of its own Python.
+KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD", "TMPDIR", "LANG", "LC_ALL", "OMP_NUM_THREADS")
+QUIET = dict(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 WITNESS = pathlib.Path(__file__).with_name("witness.py")
 
 
 def find(name, python=None):
-  """The path of a Python that can import the runtime `name`; None where this one cannot.
+  """The absolute path of a Python that can import the runtime `name`; None where this one cannot.
 
   python: of another environment; one that cannot is Refused with what it said.
   """
   packages = PACKAGES[run.choose("runtime", name, PACKAGES)]
   if python is None and not all(run.installed(package.split(".")[0]) for package in packages.split(", ")):
     return None
-  wrong = _import_error(str(python or sys.executable), packages)
+  found = str(python or sys.executable)
+  if "/" in found:  # `ask` runs it elsewhere; links are kept, or it would leave a venv
+    found = os.path.abspath(found)
+  wrong = _import_error(found, packages)
   if wrong is None:
-    return str(python or sys.executable)
+    return found
   if python is None:
     return None
   raise run.Refused(f"{python} cannot import {packages}: {wrong}")
@@ -84,11 +90,12 @@ def _run(python, where, *arguments):
 
 
 def _call(command, where):
-  """Runs a child to its end, without network; witness.py ends itself when this process is gone."""
-  quiet = dict(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+  """Runs a child to its end, without network and without this process's environment, in which keys
+  may stand; witness.py ends itself when this process is gone."""
+  kept = {name: os.environ[name] for name in KEPT if name in os.environ}
   try:
     return subprocess.run(
-        [str(word) for word in command], cwd=where, env=os.environ | quiet, check=False,
+        [str(word) for word in command], cwd=where, env=kept | QUIET, check=False,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         errors="replace")
   except OSError as error:

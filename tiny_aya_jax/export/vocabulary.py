@@ -7,6 +7,7 @@ Byte-level BPE becomes "gpt2" with the name of a pre-tokenizer that llama.cpp ha
 Not here: tensors and keys (gguf.py), our own encoder (data/tokenizer.py).
 """
 
+import collections
 from typing import NamedTuple
 
 from tiny_aya_jax import run
@@ -115,8 +116,8 @@ def _padded(path, ids, V):
     if types[id] != UNUSED:
       raise run.Refused(f"{path}: id {id} is {tokens[id]!r} and {token!r}")
     tokens[id], types[id] = token, kind
-  if len(set(tokens)) < V:  # llama.cpp aborts
-    twice = next(token for token in tokens if tokens.count(token) > 1)
+  twice, count = collections.Counter(tokens).most_common(1)[0]
+  if count > 1:  # llama.cpp aborts
     raise run.Refused(f"{path}: {twice!r} would be two tokens of the GGUF file, one of them padding")
   return tokens, types
 
