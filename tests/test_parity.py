@@ -1,5 +1,6 @@
 """The proof of an export: it holds for what is right, and fails for each thing that can be wrong."""
 
+import fcntl
 import json
 import shutil
 
@@ -12,7 +13,8 @@ import pytest
 from conftest import call, random_params
 from tiny_aya_jax import axes, run
 from tiny_aya_jax.data import tokenizer as tokenizers
-from tiny_aya_jax.export import cohere2, huggingface, proof, reader, runtimes, tensors
+from tiny_aya_jax.export import card, cohere2, gguf, huggingface, proof, reader, runtimes, tensors
+from tiny_aya_jax.train import saved
 
 ASKED = ml_collections.ConfigDict(dict(tokens=40, greedy=4, transformers="", mlx="", llama_cpp="", bytes=1e9))
 
@@ -205,3 +207,123 @@ def test_a_folder_is_exported_as_it_is(whole, tmp_path, capsys):
   assert call(*export[:-1]) == 0 and "up to date" in capsys.readouterr().out
   assert call(*export[:-1], "--config.proof.greedy=2") == 65
   assert "other inputs" in capsys.readouterr().err
+
+
+# --- GGUF ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def square(whole, tokenizer, tmp_path_factory):
+  """(folder, cfg) of a model that llama.cpp could hold: heads make up the width, widths are multiples of 32."""
+  cfg = ml_collections.ConfigDict(whole[2].to_dict() | dict(D=32, N=4, K=2, H=8, F=64))
+  folder = tmp_path_factory.mktemp("square") / "whole"
+  huggingface.write(folder, random_params(cfg, 4), cfg, tokenizer, dtype="bfloat16", T=77)
+  return folder, cfg
+
+
+def prove_gguf(square, tokenizer, path, kind, python=None):
+  return proof.prove_gguf(square[0], kind, path, square[1], tokenizer, ASKED, python, "")
+
+
+@pytest.mark.parametrize("kind, least, most", [("BF16", 0.0, 0.0), ("F32", 0.0, 0.0), ("Q8_0", 1e-3, 1e-2), ("Q4_0", 0.05, 0.12)])
+def test_what_a_kind_rounds_is_measured_and_more_is_refused(square, tokenizer, tmp_path, kind, least, most):
+  path = tmp_path / "a.gguf"
+  gguf.write(path, square[0], kind)
+  found = prove_gguf(square, tokenizer, path, kind)
+  assert least <= found["rounding"] <= most and found["llama_cpp"] == "not installed"
+  raw = path.read_bytes()
+  path.write_bytes(raw[:-2000] + bytes(2000))  # the last matrix is zero, and the norm
+  with pytest.raises(run.Refused, match=f"away from the folder's, {kind} allows"):
+    prove_gguf(square, tokenizer, path, kind)
+
+
+def test_llama_cpp_is_compared_with_our_forward_pass_of_the_very_weights(square, tokenizer, tmp_path, monkeypatch):
+  path = tmp_path / "a.gguf"
+  gguf.write(path, square[0], "Q4_0")
+  params, cfg = gguf.read(path)
+  huggingface.write(tmp_path / "decoded", params, cfg, tokenizer)  # another way to the same logits
+
+  def answer(name, python, model, request, scale):
+    found = {f"logits_{at}": one * scale for at, one in enumerate(reader.forward(tmp_path / "decoded", request["tokens"]))}
+    ids = {f"ids_{at}": np.array(one) for at, one in enumerate(tokenizer.encode_many(request["texts"]))}
+    return found | ids | dict(versions={})
+
+  for scale, wrong in ((1.0, False), (1.05, False), (1.5, True), (np.nan, True)):
+    monkeypatch.setattr(runtimes, "ask", lambda *given, scale=scale: answer(*given, scale))
+    if wrong:
+      with pytest.raises(run.Refused, match="llama.cpp computes other logits from a.gguf"):
+        prove_gguf(square, tokenizer, path, "Q4_0", "python")
+    else:
+      found = prove_gguf(square, tokenizer, path, "Q4_0", "python")["llama_cpp"]
+      assert found["texts_of_other_ids"] == 0 and found["divergence_from_folder_nats"] > 1e-5
+  assert json.loads((square[0] / "config.json").read_text())["max_position_embeddings"] == 77
+
+
+# --- nothing is lost ----------------------------------------------------------------------------
+
+
+def test_an_earlier_export_is_never_lost(square, tmp_path, capsys):
+  export = ("export", "export.py", tmp_path, f"--config.checkpoint={square[0]}", "--config.name=old",
+            "--config.proof.greedy=0")
+  assert call(*export, "--config.gguf.kinds=('Q8_0',)", "--config.gguf.batch=0") == 65
+  assert "config.gguf.batch is 0" in capsys.readouterr().err
+  assert call(*export, "--config.gguf.kinds=('Q8_0',)") == 0
+  out = tmp_path / "old"
+  assert [path.name for path in tmp_path.iterdir()] == ["old"] and (out / "old-Q8_0.gguf").exists()
+  assert set(json.loads((out / "parity.json").read_text())["gguf"]) == {"Q8_0"}  # and no file that is not there
+  (out / "README.md").write_text("my licence")
+  (out / "3000").mkdir()
+  assert call(*export, "--config.overwrite=True") == 0
+  (kept,) = [path for path in tmp_path.iterdir() if path != out]
+  assert (kept / "README.md").read_text() == "my licence" and (kept / "3000").exists() and "superseded" in kept.name
+  assert "is kept as" in capsys.readouterr().out
+  out.rename(tmp_path / ".old.old")  # a kill between two renames
+  (tmp_path / ".old.new").mkdir()
+  assert call(*export) == 0 and "up to date" in capsys.readouterr().out and out.exists()
+  assert call(*export, f"--config.checkpoint={out}", "--config.overwrite=True") == 65
+  assert "is what is exported" in capsys.readouterr().err
+  with open(tmp_path / ".old.lock", "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    assert call(*export, "--config.overwrite=True") == 65
+  assert "another export writes" in capsys.readouterr().err and (out / "parity.json").exists()
+
+
+def test_a_refused_export_leaves_nothing_but_what_was(square, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(proof, "TOLERANCE", 0.0)
+  assert call("export", "export.py", tmp_path, f"--config.checkpoint={square[0]}", "--config.name=out") == 65
+  assert "computes other logits" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_card_counts_what_this_model_saw(data, tmp_path, monkeypatch):
+  """A trunk that went on after its fork, and a merge of two steps of one run: no token twice."""
+  plan = dict(T=32, sources=[dict(name="deu_Latn/cldr", language="deu_Latn", path=str(data / "rows/train/deu_Latn/cldr"))])
+  monkeypatch.setattr(card.mixture, "counts", lambda plan, row: {"deu_Latn/cldr": row})
+  known = {}
+
+  def stage(name, step, start, origin=None, init_from=None):
+    path = tmp_path / name / "checkpoints" / str(step)
+    path.mkdir(parents=True)
+    known[path] = dict(step=step, start=start, T=32, origin=origin and dict(step=origin))
+    (tmp_path / name / "run.json").write_text(json.dumps(dict(config=f"a: 1\ninit_from: {init_from or 'null'}\nz: 2\n")))
+    return path
+
+  stage("trunk", 3000, 0)
+  fork = stage("fork", 2600, 2400, 2400, tmp_path / "trunk")
+  other = stage("other", 2500, 2400, 2400, tmp_path / "trunk")
+  merged = tmp_path / "merged" / "checkpoints" / "0"
+  known[merged] = dict(merge=dict(operator="linear", checkpoints=[dict(path=str(fork)), dict(path=str(other))], base=None))
+  monkeypatch.setattr(saved, "find", lambda place: next(
+      (path for path in known if path == place or path.parents[1] == place), None) or run.existing("x", None))
+  monkeypatch.setattr(saved, "meta", lambda path: known[path])
+  monkeypatch.setattr(saved, "data", lambda path: dict(batch=2, plan=plan))
+  stages = card.lineage(merged)
+  drawn = {one["name"]: sum(one["drawn"].values()) for one in stages}
+  assert drawn == dict(merged=0, fork=200 * 64, other=100 * 64, trunk=2400 * 64)
+  assert {key for one in stages for key in one["drawn"]} == {("Unicode-3.0", "deu_Latn")}
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "folder" / "config.json").write_text("{}")
+  (tmp_path / "folder" / "parity.json").write_text(json.dumps(dict(made=card.to_json(stages))))
+  assert card.lineage(tmp_path / "folder") == stages
+  (tmp_path / "folder" / "parity.json").unlink()
+  (tmp_path / "folder" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+  assert card.lineage(tmp_path / "folder")[0]["licence"] == "cc-by-nc-4.0"
