@@ -356,7 +356,7 @@ def unnamed(whole):
     (lambda whole: whole.update(decoder=None), r"decodes by \[\]"),
     (lambda whole: whole.update(added_tokens=5), "the added token 5"),
     (lambda whole: whole.update(decoder=["a"]), r"has the decoder \['a'\], expected|is not a tokenizer.json"),
-    (lambda whole: whole["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix '##', expected none"),
+    (lambda whole: whole["model"].update(continuing_subword_prefix="##"), "subword_prefix '##', expected none"),
     (lambda whole: whole["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>', expected none"),
     (lambda whole: whole.update(normalizer=dict(type="Precompiled", precompiled_charsmap="AAAA")),
      "is not a tokenizer.json"),
