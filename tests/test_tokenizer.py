@@ -355,6 +355,9 @@ def unnamed(whole):
     (lambda whole: whole.update(pre_tokenizer=BYTES | dict(add_prefix_space=True)), "turns 'a' into ' a'"),
     (lambda whole: whole.update(decoder=None), r"decodes by \[\]"),
     (lambda whole: whole.update(added_tokens=5), "the added token 5"),
+    (lambda whole: whole.update(decoder=["a"]), r"has the decoder \['a'\], expected|is not a tokenizer.json"),
+    (lambda whole: whole["model"].update(continuing_subword_prefix="##"), "subword_prefix '##', expected none"),
+    (lambda whole: whole["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>', expected none"),
     (lambda whole: whole.update(normalizer=dict(type="Precompiled", precompiled_charsmap="AAAA")),
      "is not a tokenizer.json"),
 ])
@@ -364,6 +367,12 @@ def test_a_tokenizer_json_that_would_fool_us_is_refused_and_nothing_large_is_mad
   released.write_text(json.dumps(whole), encoding="utf-8")
   with pytest.raises(run.Refused, match=message):
     tokenizer.load(released)
+
+
+@pytest.mark.parametrize("decoder", [["a"], "a", dict(decoders=3), dict(decoders=["a"]), dict(type=["a"])], ids=str)
+def test_a_decoder_of_another_shape_is_refused(decoder):
+  with pytest.raises(run.Refused, match="has the decoder .*, expected an object with its type"):
+    list(tokenizer._steps("tokenizer.json", decoder))
 
 
 def test_a_tokenizer_json_whose_bytes_are_unknown_is_refused(released):

@@ -30,6 +30,8 @@ MEMORY = 1 << 29  # bytes of address space of the process that renders
 CHARACTERS = 1 << 22  # of a rendering
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MARK = "\U0010fffd"  # private use: no letter, no space; the character behind it says what is hidden
+# MARK as tojson(ensure_ascii=True), repr, bytes and urlencode write it: what it hides would be lost.
+ESCAPED = (r"\udbff\udffd", r"\U0010fffd", r"\xf4\x8f\xbf\xbd", "%F4%8F%BF%BD")
 WHITE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"  # the tokenizers package's \s
 SAFE_JINJA = (3, 1, 6)  # before, format strings and the filter attr led out of the sandbox
 
@@ -101,9 +103,10 @@ def source(folder):
       raise run.Refused(f"{path} cannot be read as UTF-8 ({error})") from None
   found = _tokenizer_config(folder).get("chat_template")
   if isinstance(found, list):
-    named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    named = {one["name"]: one.get("template") for one in found
+             if isinstance(one, dict) and isinstance(one.get("name"), str)}
     if "default" not in named:
-      raise run.Refused(f"{folder}/tokenizer_config.json has chat templates {sorted(map(str, named))}, none of "
+      raise run.Refused(f"{folder}/tokenizer_config.json has chat templates {sorted(named)}, none of "
                         "them 'default': put the one to use into chat_template.jinja")
     found = named["default"]
   if found is not None and not isinstance(found, str):
@@ -158,9 +161,9 @@ class Template:
     self._special = re.compile("|".join(
         f"{left}({re.escape(name)}){right}" for name, (left, right) in zip(names, eats)) or r"(?!)")
     # What is hidden: a special token's name, MARK, and letters that would end or begin a name.
-    self._hidden = [MARK, *names, *sorted({letter for name in names for letter in (*name[:-1], *name[1:])})]
+    self._hidden = [MARK, *ESCAPED, *names, *sorted({letter for name in names for letter in (*name[:-1], *name[1:])})]
     self._code = {text: MARK + chr(0xF0000 + number) for number, text in enumerate(self._hidden)}
-    self._whole = re.compile("|".join(map(re.escape, [MARK, *names])))
+    self._whole = re.compile("|".join(map(re.escape, [MARK, *ESCAPED, *names])))
     self._longest = max(map(len, names), default=0)
     self._heads = {name[:end] for name in names for end in range(1, len(name))}
     self._tails = {name[start:] for name in names for start in range(1, len(name))}
@@ -225,7 +228,12 @@ class Template:
     with self._turn:  # one at a time
       if self._child is None:
         self._begin()
-      return self._ask(asked)
+      text = self._ask(asked)
+    if any(escaped in text for escaped in ESCAPED):
+      raise run.Refused(f"the chat template of {self.folder} escapes what a message spells, as "
+                        "tojson(ensure_ascii=True) does, so that its ids would be others: put one with plain tojson "
+                        "into chat_template.jinja")
+    return text
 
   def _begin(self):
     self._child = _start()

@@ -315,6 +315,7 @@ def _load_json(path):
   whole = run.read_json(path, "tokenizer")
   whole["added_tokens"] = _added_tokens(path, whole)
   specials = {token["content"]: token["id"] for token in whole["added_tokens"] if token["special"]}
+  _refuse_affixes(path, whole)
   try:
     engine = tokenizers.Tokenizer.from_str(json.dumps(whole))
   except (KeyboardInterrupt, SystemExit):
@@ -339,6 +340,15 @@ def _load_json(path):
   )
   tokenizer.encode_many([text for name in specials for text in (name, f"a{name} b")])  # refuses
   return tokenizer
+
+
+def _refuse_affixes(path, whole):
+  """Pieces that look otherwise inside a word: the package may end this process where merges have none."""
+  model = whole.get("model")
+  for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+    if isinstance(model, dict) and (given := model.get(name)):
+      raise run.Refused(f"tokenizer {path} has model.{name} {str(given)[:60]!r}, expected none: the bytes of a "
+                        "token would depend on its place")
 
 
 def _added_tokens(path, whole):
@@ -415,7 +425,7 @@ def _json_pieces(path, whole, engine, specials):
 
 def _piece_reader(path, whole):
   """-> (piece -> its bytes, the pieces of the 256 single bytes), from how the file decodes."""
-  steps = set(_steps(whole.get("decoder") or {}))
+  steps = set(_steps(path, whole.get("decoder") or {}))
   if "ByteLevel" in steps:
     alphabet = _byte_level_alphabet()
     return functools.partial(_byte_level_piece, alphabet), alphabet
@@ -428,10 +438,14 @@ def _piece_reader(path, whole):
   )
 
 
-def _steps(decoder):
+def _steps(path, decoder):
   """The types of a decoder's steps, in sequences of sequences too."""
-  for inner in decoder.get("decoders", ()):
-    yield from _steps(inner)
+  inner = decoder.get("decoders", []) if isinstance(decoder, dict) else None
+  if not isinstance(inner, list) or not isinstance(decoder.get("type", ""), str):
+    raise run.Refused(f"tokenizer {path} has the decoder {str(decoder)[:60]}, expected an object with its type, "
+                      "or a list of decoders")
+  for step in inner:
+    yield from _steps(path, step)
   if "decoders" not in decoder and "type" in decoder:
     yield decoder["type"]
 

@@ -63,8 +63,8 @@ def special_ids(config, V, where):
     if id in (None, -1):
       continue
     if type(id) is not int or not 0 <= id < V:
-      raise run.Refused(f"{where}/config.json: {name}_token_id is {str(given)[:60]}, expected an id from 0 to {V - 1}, "
-                        "or null")
+      raise run.Refused(f"{where}/config.json: {name}_token_id is {str(given)[:60]}, expected an id from 0 to "
+                        f"{V - 1}, or null")
     found[name] = id
   return found
 
