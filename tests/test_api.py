@@ -33,7 +33,7 @@ FROZEN = {
     checkpoint.save: "workdir step items *keep",
     checkpoint.restore: "path abstract names",
     checkpoint.verify: "path",
-    huggingface.write: "folder params cfg tokenizer *dtype *shard_bytes",
+    huggingface.write: "folder params cfg tokenizer *dtype *T *shard_bytes",
     huggingface.read: "folder",
     merge.merge: "models operator *base *weights *t *density *scale *trimming *normalize *seed",
     languages.find: "name",
