@@ -167,8 +167,8 @@ def test_a_folder_is_read_into_shards(whole, mesh):
 def test_biases_of_zero_a_model_without_its_head_and_stored_frequencies_are_read(whole, tmp_path, capsys):
   folder, _, cfg = whole
   held = {name: one.read().astype(np.float32) for name, one in tensors.open_folder(folder).items()}
-  more = {f"model.layers.{layer}.self_attn.{name}_proj.bias": np.zeros(held[f"model.layers.{layer}.self_attn.{name}_proj.weight"].shape[0], np.float32)
-          for layer in range(4) for name in "qkvo"} | {"model.norm.bias": np.zeros(cfg.D, np.float32)}
+  more = {name.replace("weight", "bias"): np.zeros(len(value), np.float32)
+          for name, value in held.items() if "self_attn" in name or name == "model.norm.weight"}
   frequencies = cfg.rope_theta ** (-np.arange(0, cfg.H, 2) / cfg.H)
   more["model.layers.0.self_attn.rotary_emb.inv_freq"] = frequencies.astype(np.float32)
   every = {name.removeprefix("model."): value for name, value in (held | more).items()}
@@ -225,7 +225,8 @@ def prove_gguf(square, tokenizer, path, kind, python=None):
   return proof.prove_gguf(square[0], kind, path, square[1], tokenizer, ASKED, python, "")
 
 
-@pytest.mark.parametrize("kind, least, most", [("BF16", 0.0, 0.0), ("F32", 0.0, 0.0), ("Q8_0", 1e-3, 1e-2), ("Q4_0", 0.05, 0.12)])
+@pytest.mark.parametrize("kind, least, most", [
+    ("BF16", 0.0, 0.0), ("F32", 0.0, 0.0), ("Q8_0", 1e-3, 1e-2), ("Q4_0", 0.05, 0.12)])
 def test_what_a_kind_rounds_is_measured_and_more_is_refused(square, tokenizer, tmp_path, kind, least, most):
   path = tmp_path / "a.gguf"
   gguf.write(path, square[0], kind)
@@ -280,6 +281,9 @@ def test_an_earlier_export_is_never_lost(square, tmp_path, capsys):
   out.rename(tmp_path / ".old.old")  # a kill between two renames
   (tmp_path / ".old.new").mkdir()
   assert call(*export) == 0 and "up to date" in capsys.readouterr().out and out.exists()
+  shutil.copytree(out, tmp_path / ".old.old")  # a kill behind them
+  assert call(*export, "--config.overwrite=True") == 0
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["old", kept.name]
   assert call(*export, f"--config.checkpoint={out}", "--config.overwrite=True") == 65
   assert "is what is exported" in capsys.readouterr().err
   with open(tmp_path / ".old.lock", "a") as file:

@@ -22,8 +22,6 @@ from tiny_aya_jax.export import card, cohere2, huggingface, quantised, runtimes,
 from tiny_aya_jax.train import saved
 
 # What needs jax is imported behind the checks: a wrong field is refused in a second.
-
-
 RECORD = "parity.json"
 
 
@@ -48,52 +46,81 @@ def main(config, workdir):
   inputs = run.fingerprint([
       source.identity, source.tokenizer.sha256, config.form, config.dtype, evaluated, config.gguf.to_dict(),
       [manifest["sha256"] for manifest in manifests], config.proof.to_dict()])
-  if run.up_to_date(folder / RECORD, inputs, config.overwrite) and _holds(folder):
-    run.say(f"{folder}: up to date")
-    return
-  with _new(folder) as whole:
-    parity = (_adapter if config.form == "adapter" else _merged)(whole, source, config)
-    more = quantised.write(whole, source, config, manifests) if config.gguf.kinds else None
-    stages = card.lineage(source.path)
-    text = card.card(config, source.cfg, stages, dict(
-        T=source.T, tokenizer_sha256=source.tokenizer.sha256, adapter=source.adapter), parity, evaluated, more)
-    run.write_text(whole / "README.md", text)
-    if evaluated:
-      shutil.copyfile(pathlib.Path(config.report) / "report.html", whole / card.PAGE)
-    run.write_json(whole / RECORD, dict(
-        inputs=inputs, **parity, **(dict(gguf=more["readers"]) if more else {}), made=card.to_json(stages),
-        bytes=_sizes(whole)))
+  with _alone(folder):
+    if folder.exists() and not (folder / RECORD).exists():
+      raise run.Refused(f"{folder} exists and is no export: give another config.name")
+    if run.up_to_date(folder / RECORD, inputs, config.overwrite) and _holds(folder):
+      run.say(f"{folder}: up to date")
+      return
+    with _new(folder) as whole:
+      parity = _write(whole, source, config, manifests, evaluated, inputs)
   run.say(f"exported {source.path} to {folder}: " + _sentence(parity))
 
 
-@contextlib.contextmanager
-def _new(folder):
-  """A folder to write into, which becomes `folder` at the end, or is gone.
+def _write(folder, source, config, manifests, evaluated, inputs):
+  """All files; returns what the proof found."""
+  apart = config.form == "adapter"
+  if not apart:
+    files.refuse_full(folder, cohere2.size(source.cfg, config.dtype) + quantised.size(config, source.cfg))
+  parity = (_adapter if apart else _merged)(folder, source, config)
+  more = quantised.write(folder, source, config, manifests) if config.gguf.kinds else None
+  stages = card.lineage(source.path)
+  text = card.card(config, source.cfg, stages, dict(
+      T=source.T, tokenizer_sha256=source.tokenizer.sha256, adapter=source.adapter), parity, evaluated, more)
+  run.write_text(folder / "README.md", text)
+  if evaluated:
+    shutil.copyfile(pathlib.Path(config.report) / "report.html", folder / card.PAGE)
+  run.write_json(folder / RECORD, dict(
+      inputs=inputs, **parity, **(dict(gguf=more["readers"]) if more else {}), made=card.to_json(stages),
+      bytes=_sizes(folder)))
+  return parity
 
-  One export of a name at a time. There is always a whole folder: the earlier one, or this; of the
-  earlier one nothing is deleted that the verb did not write.
-  """
-  hidden, old, lock = _beside(folder)
+
+@contextlib.contextmanager
+def _alone(folder):
+  """One export of a name at a time; puts right what a kill between two renames left."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  _, old, lock = _beside(folder)
   with open(lock, "a") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise run.Refused(f"another export writes {folder}: wait for it, or give another config.name") from None
     try:
-      shutil.rmtree(hidden, ignore_errors=True)
-      hidden.mkdir()
-      yield hidden
-      if folder.exists():
-        os.replace(folder, old)
-      os.replace(hidden, folder)
+      if old.exists() and not folder.exists():
+        old.rename(folder)
+      _drop(old)
+      yield
     finally:
-      shutil.rmtree(hidden, ignore_errors=True)
       lock.unlink(missing_ok=True)
-  if old.exists() and _holds(old, alone=True):
+
+
+@contextlib.contextmanager
+def _new(folder):
+  """A folder to write into, which becomes `folder` at the end, or is gone; there is always a whole one."""
+  hidden, old, _ = _beside(folder)
+  shutil.rmtree(hidden, ignore_errors=True)  # of a killed export
+  hidden.mkdir()
+  try:
+    yield hidden
+    if folder.exists():
+      os.replace(folder, old)
+    os.replace(hidden, folder)
+  finally:
+    shutil.rmtree(hidden, ignore_errors=True)
+  _drop(old)
+
+
+def _drop(old):
+  """Deletes an earlier folder; sets aside one that holds anything that the verb did not write."""
+  if not old.exists():
+    return
+  if _holds(old, alone=True):
     shutil.rmtree(old)
-  elif old.exists():
-    kept = saved.set_aside(old.rename(folder.with_name(f"{folder.name}.{os.getpid()}")), "superseded")
-    run.say(f"the earlier {folder.name} held more than was written there, and is kept as {kept}")
+    return
+  name = old.name.removeprefix(".").removesuffix(".old")
+  kept = saved.set_aside(old.rename(old.with_name(name + f".{os.getpid()}")), "superseded")
+  run.say(f"the earlier {name} held more than was written there, and is kept as {kept}")
 
 
 def _beside(folder):
@@ -132,15 +159,6 @@ def check(config, workdir):
   folder = pathlib.Path(workdir) / config.name
   if folder.resolve() in (source.path.resolve(), *source.path.resolve().parents):
     raise run.Refused(f"{folder} is what is exported, or holds it: give another config.name")
-  hidden, old, _ = _beside(folder)
-  if old.exists() and not folder.exists():
-    old.rename(folder)  # a kill came between two renames
-  if folder.exists() and not (folder / RECORD).exists():
-    raise run.Refused(f"{folder} exists and is no export: give another config.name")
-  if not apart:
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(hidden, ignore_errors=True)  # of a killed export
-    files.refuse_full(workdir, cohere2.size(source.cfg, config.dtype) + quantised.size(config, source.cfg))
   return source, manifests, _evaluated(config.report, source) if config.report else None
 
 
