@@ -62,8 +62,8 @@ def prove(folder, leaves, cfg, dtype, tokenizer, asked):
 # logits from ours of the same weights (of the largest). Beside weights of 16 bits or fewer llama.cpp rounds
 # what they are multiplied with too: measured up to 0.004 (F16) and 0.024 (BF16) on random models.
 ROUNDING = dict(F32=0.0, F16=1e-3, BF16=4e-3, Q8_0=0.02, Q6_K=0.05, Q5_K=0.1, Q4_K=0.2, Q4_0=0.2, Q3_K=0.4, Q2_K=0.6)
-AGREEMENT = dict(F32=1e-3, F16=0.02)
-LOOSE = 0.1  # AGREEMENT of other kinds
+AGREEMENT = dict(F32=1e-3, F16=0.05)
+LOOSE = 0.2  # AGREEMENT of other kinds: measured up to 0.046 of random models
 
 
 def prove_gguf(folder, kind, path, cfg, tokenizer, asked, python, differs):
