@@ -128,11 +128,13 @@ def test_an_export_that_lost_a_part_is_made_again(out):
   weights.write_bytes(whole[:1000])
   call = ["-m", "tiny_aya_jax", "export", "--config=experiments/export.py:tiny", f"--workdir={out}",
           f"--config.checkpoint={out / 'global'}", f"--config.tokenizer={out / 'tokenizer.model'}",
-          f"--config.report={out / 'report'}"]
+          f"--config.report={out / 'report'}", "--config.gguf.kinds=('Q8_0',)"]
   done = subprocess.run([sys.executable, *call], cwd=ROOT, check=False,
                         capture_output=True, text=True)
   assert done.returncode == 0 and "read back" in done.stdout, done.stderr[-2000:]
   assert weights.read_bytes() == whole
+  (kept,) = out.glob("huggingface.*.superseded")  # nothing that may be somebody's is deleted
+  assert (kept / "model.safetensors").stat().st_size == 1000
 
 
 def test_transformers_loads_the_folder_and_says_the_same(out):
@@ -158,7 +160,11 @@ def test_transformers_loads_the_folder_and_says_the_same(out):
                           eos_token_id=-1, pad_token_id=0)
   np.testing.assert_array_equal(full[0, len(ids):].numpy(), reply)
   parity = json.loads((folder / "parity.json").read_text())
-  assert parity["largest_logit_difference"] == 0 and parity["tensors"] == 4 * 8 + 2
+  assert parity["largest_logit_difference"] < 1e-4 and parity["tensors"] == 4 * 8 + 2
+  assert {"numpy", "transformers"} <= {name for name, one in parity["readers"].items() if isinstance(one, dict)}
+  assert parity["rows"][0] > 2 * cfg.window and parity["tokenizer"]["languages"] == 70
+  assert 0 < parity["gguf"]["Q8_0"]["rounding"] < 0.01 and (folder / "huggingface-Q8_0.gguf").exists()
+  assert "| Unicode-3.0 | 70 |" in (folder / "README.md").read_text()
 
 
 def test_a_wrong_call_is_refused():
