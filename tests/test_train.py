@@ -96,6 +96,7 @@ def test_a_loss_that_stays_not_finite_exits_77_and_no_checkpoint_holds_it(data, 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
+@full
 def test_an_evaluation_that_a_stop_skipped_is_made_up_for(data, tmp_path):
   more = (f"--config.data.validation={data / 'rows/validation'}", "--config.evaluate_every=2",
           "--config.schedule.warmup_steps=0")
@@ -245,6 +246,7 @@ def test_an_init_from_that_is_not_there_is_refused(data, tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
+@full
 def test_a_fork_of_a_trunk_that_was_trained_anew_is_refused(data, whole, tmp_path, capsys):
   trunk, fork = tmp_path / "trunk", tmp_path / "fork"
   shutil.copytree(whole, trunk)
