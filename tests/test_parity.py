@@ -222,7 +222,7 @@ def square(whole, tokenizer, tmp_path_factory):
 
 
 def prove_gguf(square, tokenizer, path, kind, python=None):
-  return proof.prove_gguf(square[0], kind, path, square[1], tokenizer, ASKED, python, "")
+  return proof.prove_gguf(square[0], {kind: path}, square[1], tokenizer, ASKED, python, "")[kind]
 
 
 @pytest.mark.parametrize("kind, least, most", [

@@ -101,6 +101,7 @@ def test_a_step_that_hangs_ends_the_process_with_the_stacks_of_its_threads(data,
   assert "inject.py" in stacks and stacks.count("File ") > 10
 
 
+@pytest.mark.skipif(not runs.FULL, reason="FAULTS=1: 20 seconds")
 def test_what_compiles_may_take_its_time(data, tmp_path):
   code, said = runs.run(data, tmp_path / "run", "--config.steps=2", "--config.guard.hang_seconds=3",
                         f"--config.data.validation={data / 'rows/validation'}",

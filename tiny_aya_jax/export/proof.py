@@ -66,18 +66,25 @@ AGREEMENT = dict(F32=1e-3, F16=0.05)
 LOOSE = 0.2  # AGREEMENT of other kinds: measured up to 0.046 of random models
 
 
-def prove_gguf(folder, kind, path, cfg, tokenizer, asked, python, differs):
-  """Compares a GGUF file with the folder it was made of; returns its figures for parity.json.
+def prove_gguf(folder, paths, cfg, tokenizer, asked, python, differs):
+  """Compares GGUF files, {kind: path}, with the folder they were made of: {kind: figures} for parity.json.
 
   python: of llama.cpp, or None. differs: in which texts its tokenizer is known to give other ids, '' for
   none: then they are counted.
   """
-  found = dict(rounding=_rounding(folder, kind, path, cfg))
+  found = {kind: dict(rounding=_rounding(folder, kind, path, cfg)) for kind, path in paths.items()}
   if python is None:
-    return found | dict(llama_cpp="not installed")
+    return {kind: one | dict(llama_cpp="not installed") for kind, one in found.items()}
   texts = [text for text in sample() if "\0" not in text]  # llama.cpp's interface ends a text there
   rows, prompts = probes(cfg, tokenizer, asked)
   rows += prompts
+  unquantised = ours(folder, cfg, rows)
+  return {kind: one | dict(llama_cpp=_in_llama_cpp(
+      kind, paths[kind], cfg, tokenizer, python, differs, texts, rows, unquantised)) for kind, one in found.items()}
+
+
+def _in_llama_cpp(kind, path, cfg, tokenizer, python, differs, texts, rows, unquantised):
+  """Figures of one file; refuses other ids, and other logits than ours of the very weights in it."""
   answer = runtimes.ask("llama_cpp", python, path, dict(tokens=rows, texts=texts))
   ids = [answer[f"ids_{at}"].tolist() for at in range(len(texts))]
   if not differs:
@@ -90,10 +97,9 @@ def prove_gguf(folder, kind, path, cfg, tokenizer, asked, python, differs):
   if not largest <= AGREEMENT.get(kind, LOOSE) * max(1.0, most):
     raise run.Refused(f"llama.cpp computes other logits from {path.name} than we do: they differ by {largest:.1e}, of "
                       f"logits up to {most:.1f}")
-  nats = np.mean(np.concatenate([_divergence(mine, theirs) for theirs, mine in zip(logits, ours(folder, cfg, rows))]))
-  return found | dict(llama_cpp=dict(
-      version=answer["versions"], largest_logit_difference=largest, largest_logit=most,
-      divergence_from_folder_nats=float(nats), texts=len(texts), texts_of_other_ids=other))
+  nats = np.mean(np.concatenate([_divergence(mine, theirs) for theirs, mine in zip(logits, unquantised)]))
+  return dict(version=answer["versions"], largest_logit_difference=largest, largest_logit=most,
+              divergence_from_folder_nats=float(nats), texts=len(texts), texts_of_other_ids=other)
 
 
 def _rounding(folder, kind, path, cfg):

@@ -74,8 +74,8 @@ def write(folder, source, config, manifests):
       runtimes.quantize(python, base, path, kind)
     elif path != base:
       gguf.write(path, folder, kind, pre=config.gguf.pre)
-  readers = {kind: proof.prove_gguf(folder, kind, path, source.cfg, source.tokenizer, config.proof, python,
-                                    known["differs"]) for kind, path in paths.items()}
+  readers = proof.prove_gguf(
+      folder, paths, source.cfg, source.tokenizer, config.proof, python, known["differs"])
   lines = [f"- {path.name}: {path.stat().st_size / 1e6:,.1f} MB" for path in paths.values()]
   if manifests:
     every = {whole: base} | paths

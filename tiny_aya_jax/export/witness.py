@@ -196,7 +196,7 @@ LINES = []  # what llama.cpp said
 
 
 def end_with_parent():
-  """A child of a killed export must not compute on for hours."""
+  """A child of a killed export must not compute on for hours (run.end_with, which this file cannot import)."""
   parent = os.getppid()
 
   def watch():
